@@ -1,0 +1,395 @@
+"""The recipe: frozen pydantic sections, read from YAML, overridden by ``section.key=value``.
+
+Importing this module costs neither torch nor ray, so that a mistyped key answers at once.
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from gist_dist.errors import UserError
+
+ROLES = ("anchor", "positive", "negatives")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RolePrompts(Section):
+    """Text put before every text of a role; part of what is encoded."""
+
+    anchor: str = ""
+    positive: str = ""
+    negatives: str = ""
+
+
+class StudentConfig(Section):
+    """The model that is trained."""
+
+    model: str
+    """Hub id or folder of a SentenceTransformer (or of a plain transformers encoder: mean pooling is added)."""
+    revision: str | None = None
+    """Hub revision."""
+    max_tokens: int | None = Field(None, ge=3)
+    """Texts are cut to this many tokens, special ones included; null keeps the model's own limit."""
+    prompts: RolePrompts = RolePrompts()
+    """Prompt per role; a source can override it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the encoder's matrix products (autocast); weights, embeddings and the loss stay fp32."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """A number overrides every dropout of the model; null keeps the model's own."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you say so."""
+
+
+class GuideConfig(Section):
+    """The frozen model that tells false negatives."""
+
+    model: str
+    """Hub id or folder of a SentenceTransformer."""
+    revision: str | None = None
+    """Hub revision."""
+    max_tokens: int | None = Field(None, ge=3)
+    """Texts are cut to this many tokens of the guide's own tokenizer; null keeps the model's own limit."""
+    prompts: RolePrompts = RolePrompts()
+    """Prompt per role; a source can override it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the guide's weights and matrix products; its embeddings leave it as fp32."""
+    mode: Literal["online"] = "online"
+    """online: the guide encodes every batch's texts within the step."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Off unless you say so."""
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Columns(Section):
+    """Which columns hold the roles."""
+
+    anchor: str = "anchor"
+    positive: str = "positive"
+    negatives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_list)] = None
+    """One list column, one text column, or several text columns; null cells mean no negative there. Left out,
+    'negatives' or 'negative' is taken where the file has it; [] takes none."""
+
+
+class SourcePrompts(Section):
+    """Prompts of one source, in place of student.prompts and guide.prompts."""
+
+    student: RolePrompts | None = None
+    guide: RolePrompts | None = None
+
+
+class SourceConfig(Section):
+    """One data set of training rows."""
+
+    path: str
+    """A file or folder of parquet, jsonl, csv or arrow, a glob, or a Hub dataset id."""
+    name: str | None = None
+    """Shown in the plan and the report; by default the last part of the path."""
+    subset: str | None = None
+    """Configuration of a Hub dataset."""
+    split: str | None = None
+    """Split of a Hub dataset (default: train) or of a folder whose file names begin with it."""
+    revision: str | None = None
+    """Revision of a Hub dataset."""
+    columns: Columns = Columns()
+    prompts: SourcePrompts = SourcePrompts()
+    weight: float = Field(1.0, gt=0)
+    """How often an epoch takes each row: 2 takes all rows twice, 0.5 a fresh random half of them."""
+    max_rows: int | None = Field(None, ge=1)
+    """Only the first so many rows are read."""
+
+    @property
+    def label(self) -> str:
+        if self.name:
+            return self.name
+        last = self.path.rstrip("/").rsplit("/", 1)[-1]
+        return last.split(".")[0] if not set("*?[") & set(last) else last
+
+
+class DataConfig(Section):
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    root: str | None = None
+    """Folder that relative source paths start from; by default the current one."""
+    mixing: Literal["homogeneous", "mixed"] = "homogeneous"
+    """homogeneous: a batch holds rows of one source, and what is left of each source makes the last, mixed
+    batches of the epoch. mixed: rows of all sources are shuffled together."""
+    unusable_rows: Literal["drop", "error"] = "drop"
+    """Rows with an empty, missing or non-text anchor, positive or negative: drop counts and names them, error stops."""
+    cache_dir: str | None = None
+    """Where prepared corpora are kept, one folder for each content; by default output_dir/corpora."""
+
+
+class BatchConfig(Section):
+    global_size: int = Field(256, ge=2)
+    """Rows of the global batch, over all workers; never per device."""
+    chunk_tokens: int = Field(4096, ge=1)
+    """Padded tokens encoded at once: lower it if a worker runs out of memory."""
+    activation_gb: float = Field(1.0, ge=0)
+    """Gigabytes a worker may fill with the graphs of chunks that it then need not encode twice."""
+    loss_gb: float = Field(0.25, gt=0)
+    """Gigabytes for one block of similarity scores (scored rows × candidates)."""
+
+
+class LossConfig(Section):
+    temperature: float = Field(0.05, gt=0)
+    """Divides every similarity; 0.01 in the paper."""
+    margin: float = 0.0
+    """Lowers the guide's threshold, so that more candidates are dropped; see margin_kind."""
+    margin_kind: Literal["absolute", "relative"] = "absolute"
+    """absolute: threshold = σ(a, p) − margin. relative: threshold = σ(a, p) − |σ(a, p)|·margin."""
+    contrast_anchors: bool = True
+    """Other anchors are candidates of an anchor."""
+    contrast_positives: bool = True
+    """Other positives are candidates of a positive."""
+
+
+class OptimConfig(Section):
+    learning_rate: float = Field(2e-5, gt=0)
+    """Peak rate of AdamW."""
+    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    """Share of the steps over which the rate rises from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """What the rate does after warm-up; linear and cosine end at 0."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled; not applied to biases and normalisation weights."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """The gradient of the global batch is scaled down to this norm; null never clips."""
+    steps: int | None = Field(None, ge=1)
+    """Number of optimizer steps; null: epochs count."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the data; 1 if steps is null too."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "OptimConfig":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs} are both set; keep one")
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: int | None = Field(100, ge=1)
+    """A resumable checkpoint after so many steps, and always after the last; null: only after the last."""
+    keep: int = Field(2, ge=1)
+    """How many checkpoints stay on disk."""
+
+
+class EvaluateConfig(Section):
+    tasks: tuple[str, ...] = ()
+    """MTEB tasks (or names of folders in local_tasks) run after training; [] trains only."""
+    baseline: bool = True
+    """Also run them on the untrained student."""
+    guide: bool = False
+    """Also run them on the guide."""
+    local_tasks: str | None = None
+    """Folder of task folders read instead of the Hub: MTEB tasks under their names, and your own sets."""
+    every_steps: int | None = Field(None, ge=1)
+    """Not offered yet; must be null."""
+    batch_size: int = Field(64, ge=1)
+    """Texts encoded at once."""
+
+    @model_validator(mode="after")
+    def _during_training(self) -> "EvaluateConfig":
+        if self.every_steps is not None:
+            raise ValueError("every_steps: evaluation during training is not offered yet; set it to null")
+        return self
+
+
+class ClusterConfig(Section):
+    num_workers: int = Field(1, ge=1)
+    """Training processes."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """null: one where the cluster has GPUs, none elsewhere."""
+    cpus_per_worker: float = Field(1, gt=0)
+    """Cores reserved for a worker; also its number of compute threads on CPU."""
+    address: str | None = None
+    """Of a running Ray cluster; null takes $RAY_ADDRESS, or else starts a local Ray and stops it at the end."""
+    runtime_env: dict[str, Any] = {}
+    """Ray runtime environment of the workers."""
+    max_failures: int = Field(3, ge=0)
+    """How often the workers are started again after one was lost."""
+
+
+class TrackingConfig(Section):
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events (needs the tensorboard package)."""
+
+
+class RunConfig(Section):
+    """A whole recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    """The run is kept under output_dir/name; letters, digits, '.', '_' and '-'."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    output_dir: str = "runs"
+    student: StudentConfig
+    guide: GuideConfig | None = None
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir).expanduser().absolute() / self.name
+
+    @property
+    def corpora_dir(self) -> Path:
+        folder = self.data.cache_dir or Path(self.output_dir) / "corpora"
+        return Path(folder).expanduser().absolute()
+
+    def absolute_paths(self) -> "RunConfig":
+        """The same recipe for a process with another working directory (a Ray worker)."""
+        evaluate, student, guide = self.evaluate, self.student, self.guide
+        if evaluate.local_tasks:
+            tasks = str(Path(evaluate.local_tasks).expanduser().absolute())
+            evaluate = evaluate.model_copy(update={"local_tasks": tasks})
+        student = student.model_copy(update={"model": _absolute_model(student.model)})
+        if guide:
+            guide = guide.model_copy(update={"model": _absolute_model(guide.model)})
+        output_dir = str(Path(self.output_dir).expanduser().absolute())
+        return self.model_copy(
+            update={"output_dir": output_dir, "evaluate": evaluate, "student": student, "guide": guide}
+        )
+
+
+def _absolute_model(model: str) -> str:
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if folder.exists() else model
+
+
+def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a recipe file, or the packaged recipe of that name, and apply ``section.key=value`` overrides.
+
+    Raises UserError for a missing file, broken YAML, an unknown key or a value out of range.
+    """
+    text, origin = _read_recipe(recipe)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin}: a recipe is a mapping of sections; found {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, origin)
+
+
+def parse_config(tree: dict[str, Any], origin: str = "recipe") -> RunConfig:
+    """Validate a tree of plain values; UserError names the first wrong field and what it may be."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(problem, origin) for problem in error.errors())) from None
+
+
+def packaged_recipes() -> list[str]:
+    return sorted(f.name[: -len(".yaml")] for f in resources.files("gist_dist.recipes").iterdir() if f.name.endswith(".yaml"))
+
+
+def _read_recipe(recipe: str) -> tuple[str, str]:
+    path = Path(recipe).expanduser()
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8"), str(recipe)
+        if recipe in packaged_recipes():
+            return resources.files("gist_dist.recipes").joinpath(f"{recipe}.yaml").read_text("utf-8"), recipe
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{recipe}: can't be read as UTF-8 text: {error}") from None
+    names = ", ".join(packaged_recipes())
+    raise UserError(f"{recipe}: no such recipe file, and no packaged recipe of that name (there are: {names})")
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override '{override}' is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if isinstance(value, str):
+        value = _number(value)
+    node: Any = tree
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        node = _child(node, part, ".".join(parents[: depth + 1]), override)
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, path: str, override: str) -> Any:
+    if isinstance(node, list):
+        child = node[_index(node, part, override)]
+    else:
+        if node.get(part) is None:
+            node[part] = {}
+        child = node[part]
+    if not isinstance(child, dict | list):
+        raise UserError(f"override '{override}': {path} is {child!r}, which has no keys")
+    return child
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"override '{override}': '{part}' is no index of a list of {len(node)}")
+    return int(part)
+
+
+def _number(text: str) -> Any:
+    # YAML 1.1 reads 1e-5 as text: it wants a dot in the mantissa.
+    try:
+        return float(text) if any(c.isdigit() for c in text) else text
+    except ValueError:
+        return text
+
+
+def _explain(problem: Any, origin: str) -> str:
+    path = ""
+    for part in problem["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    if problem["type"] == "extra_forbidden":
+        keys = _known_keys(problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), keys, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(keys)}"
+        return f"{origin}: unknown key '{path}'; {hint}"
+    if problem["type"] == "missing":
+        return f"{origin}: '{path}' is missing; set it in the recipe or as {path}=VALUE"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{origin}: {path}: {message}" if path else f"{origin}: {message}"
+    return f"{origin}: {path} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        model = _section_of(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _section_of(inner)) is not None:
+            return found
+    return None

@@ -1,0 +1,187 @@
+"""Student and Guide: a SentenceTransformer that is fed token ids and gives unit vectors."""
+
+# Axes:  t texts of one chunk   l tokens of its longest text   d width
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gist_dist.config import GuideConfig, RolePrompts, StudentConfig
+from gist_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+
+class Encoder:
+    """What student and guide have in common: a model, its tokenizer and its limit of tokens."""
+
+    def __init__(self, config: StudentConfig | GuideConfig, section: str, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.model = load_sentence_transformer(config, section, device)
+        self.own_max_tokens = self.model.max_seq_length
+        if config.max_tokens:
+            if self.own_max_tokens and config.max_tokens > (_positions(self.model) or math.inf):
+                raise UserError(
+                    f"{section}.max_tokens = {config.max_tokens}: {config.model} has positions for "
+                    f"{_positions(self.model)} tokens; lower it"
+                )
+            self.model.max_seq_length = config.max_tokens
+        self.width: int = self.model.encode(["width"], show_progress_bar=False).shape[-1]
+        _refuse_prompt_pooling(self.model, config.prompts, section)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of all texts, joined, and the number of tokens of each; exactly what model.encode would see."""
+        features = self.model.preprocess(list(texts))
+        real = features["attention_mask"].bool()
+        if features.get("token_type_ids") is not None:
+            assert not features["token_type_ids"][real].any(), "single texts are expected to be of type 0"
+        ids = features["input_ids"][real].numpy().astype(np.int32)
+        return ids, real.sum(dim=1).numpy().astype(np.int32)
+
+    def fingerprint(self) -> str:
+        """Of everything that turns a text into token ids."""
+        tokenizer = self.model.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        transformer = self.model[0]
+        lower = getattr(transformer, "do_lower_case", False)
+        described = f"{vocabulary}|{type(tokenizer).__name__}|{self.model.max_seq_length}|{lower}"
+        return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+    def embed(self, tokens: Sequence[np.ndarray]) -> Float[Tensor, "t d"]:
+        """Unit vectors, fp32 (fp64 for an fp64 model), of texts given as token ids."""
+        ids, mask = pad(tokens, self.model.tokenizer.pad_token_id or 0, self.model.tokenizer.padding_side)
+        features = {
+            "input_ids": ids.to(self.device, non_blocking=True),
+            "attention_mask": mask.to(self.device, non_blocking=True),
+        }
+        if "token_type_ids" in self.model.tokenizer.model_input_names:
+            features["token_type_ids"] = torch.zeros_like(features["input_ids"])
+        autocast = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            embedding = self.model(features)["sentence_embedding"]
+        wide = embedding.double() if embedding.dtype == torch.float64 else embedding.float()
+        return F.normalize(wide, dim=-1)
+
+
+class Student(Encoder):
+    """The model that is trained."""
+
+    def __init__(self, config: StudentConfig, device: torch.device | str = "cpu") -> None:
+        super().__init__(config, "student", device)
+        self.model.train()
+        if config.dropout is not None:
+            override_dropout(self.model, config.dropout)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def encode(self, tokens: Sequence[np.ndarray], dropout_seed: Sequence[int]) -> Float[Tensor, "t d"]:
+        """Equal arguments draw equal dropout, so that a second encode repeats the first."""
+        torch.manual_seed(int(np.random.SeedSequence(dropout_seed).generate_state(1, np.uint64)[0]))
+        return self.embed(tokens)
+
+    def save(self, folder: Path) -> None:
+        """A stock SentenceTransformer directory, with the model's own limit of tokens."""
+        training_limit, self.model.max_seq_length = self.model.max_seq_length, self.own_max_tokens
+        prompts = {"query": self.config.prompts.anchor, "document": self.config.prompts.positive}
+        if any(prompts.values()):
+            self.model.prompts = prompts
+        self.model.eval()
+        self.model.save(str(folder), create_model_card=False)
+        self.model.train()
+        self.model.max_seq_length = training_limit
+
+
+class Guide(Encoder):
+    """The frozen model that tells false negatives."""
+
+    def __init__(self, config: GuideConfig, device: torch.device | str = "cpu") -> None:
+        super().__init__(config, "guide", device)
+        self.model.eval().requires_grad_(False)
+        if config.precision == "bf16":
+            self.model.to(torch.bfloat16)
+
+    def encode(self, tokens: Sequence[np.ndarray]) -> Float[Tensor, "t e"]:
+        with torch.inference_mode():
+            return self.embed(tokens)
+
+
+def load_sentence_transformer(
+    config: StudentConfig | GuideConfig, section: str, device: torch.device | str
+) -> "SentenceTransformer":
+    """UserError if there is no such model, or none that is fed token ids."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Transformer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for weights that load in a second
+    looks_local = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
+    if looks_local and not Path(config.model).expanduser().is_dir():
+        raise UserError(f"{section}.model: no folder '{config.model}'; give a SentenceTransformer folder or a Hub id")
+    try:
+        model = SentenceTransformer(
+            str(Path(config.model).expanduser()) if looks_local else config.model,
+            device=str(device),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except Exception as error:  # noqa: BLE001 - every library below has its own; the user needs the name and reason
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{section}.model: '{config.model}' can't be loaded: {reason}") from error
+    if not isinstance(model[0], Transformer):
+        kind = type(model[0]).__name__
+        raise UserError(f"{section}.model: '{config.model}' begins with {kind}; only transformer models are supported")
+    return model
+
+
+def override_dropout(model: nn.Module, probability: float) -> None:
+    """Set every dropout: the modules, and the plain numbers that attention code hands to its kernels."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = probability
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, probability)
+
+
+def pad(tokens: Sequence[np.ndarray], pad_id: int, side: str = "right") -> tuple[Int[Tensor, "t l"], Int[Tensor, "t l"]]:
+    """Token ids and attention mask, padded to the longest text."""
+    lengths = np.array([len(ids) for ids in tokens])
+    columns = np.arange(lengths.max())
+    if side == "left":
+        columns = columns[::-1]
+    mask = columns < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.concatenate(tokens)
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+
+
+def _positions(model: "SentenceTransformer") -> int | None:
+    config = getattr(model[0], "model", None)
+    return getattr(getattr(config, "config", None), "max_position_embeddings", None)
+
+
+def _refuse_prompt_pooling(model: "SentenceTransformer", prompts: RolePrompts, section: str) -> None:
+    excludes = any(getattr(module, "include_prompt", True) is False for module in model)
+    if excludes and any((prompts.anchor, prompts.positive, prompts.negatives)):
+        raise UserError(
+            f"{section}.prompts: {section}.model pools without its prompt (include_prompt: false), which is not "
+            "supported; remove the prompts or choose another model"
+        )

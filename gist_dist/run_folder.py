@@ -1,0 +1,178 @@
+"""A run's folder: who may write there, what was asked, and how far it got."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gist_dist import __version__
+from gist_dist.config import RunConfig
+from gist_dist.data.corpus import Corpus
+from gist_dist.data.sampler import Sampler
+from gist_dist.errors import UserError
+
+MIN_FREE_BYTES = 200 * 2**20
+PACKAGES = ("torch", "ray", "transformers", "sentence-transformers", "datasets", "mteb", "pyarrow", "numpy")
+
+# May differ when a run goes on: where and how it runs, not what it computes. The batch keys are budgets of memory.
+CHANGEABLE = {
+    "output_dir": True,
+    "cluster": True,
+    "evaluate": True,
+    "checkpoint": True,
+    "tracking": True,
+    "data": {"cache_dir": True, "root": True},
+    "batch": {"chunk_tokens", "activation_gb", "loss_gb"},
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """output_dir/name."""
+
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir
+
+    def refuse_other_recipe(self) -> None:
+        """UserError if the folder holds a run of another recipe, or can't be written."""
+        found = self._read_config()
+        if found is not None:
+            before, now = (_computed(recipe) for recipe in (found, self.config))
+            for key in sorted(before.keys() | now.keys()):
+                if before.get(key) != now.get(key):
+                    raise UserError(
+                        f"{self.folder} holds a run with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
+                        "choose another name=, or remove the folder to start over"
+                    )
+        self._check_writable()
+
+    def create(self, config: RunConfig) -> None:
+        """config.yaml: the resolved recipe, versions and the git commit."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        previous = self._environment()
+        environment = describe_environment() | {"started": previous.get("started") or _now(), "finished": None}
+        self._write_config(environment)
+
+    def mark_trained(self) -> None:
+        self._write_state("trained")
+
+    def mark_finished(self) -> None:
+        environment = self._environment()
+        environment["finished"] = _now()
+        self._write_config(environment)
+
+    def is_trained(self) -> bool:
+        try:
+            state = json.loads((self.folder / "state.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            return False
+        return state.get("state") == "trained" and (self.folder / "model").is_dir()
+
+    def write_data_summary(self, corpus: Corpus, sampler: Sampler) -> None:
+        epoch = sampler.epoch(0)
+        summary = {
+            "sources": corpus.manifest["sources"],
+            "num_rows": corpus.num_rows,
+            "num_texts": corpus.num_texts,
+            "steps_per_epoch": sampler.steps_per_epoch,
+            "steps": sampler.num_steps,
+            "rows_moved": epoch.rows_moved,
+            "duplicates_admitted": epoch.duplicates_admitted,
+            "content": corpus.manifest["content"],
+        }
+        _write(self.folder / "data.json", json.dumps(summary, indent=1))
+
+    def _check_writable(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".writable-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise UserError(f"output_dir: {self.folder} can't be written: {error.strerror or error}") from error
+        if free < MIN_FREE_BYTES:
+            raise UserError(
+                f"output_dir: {self.folder} has {free / 2**20:.0f} MiB free, at least {MIN_FREE_BYTES / 2**20:.0f} are "
+                "needed; free some or choose another output_dir"
+            )
+
+    def _read_config(self) -> RunConfig | None:
+        path = self.folder / "config.yaml"
+        if not path.exists():
+            return None
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            tree.pop("environment", None)
+            return RunConfig.model_validate(tree)
+        except Exception as error:
+            raise UserError(f"{path} is not a config.yaml of this version; choose another name=") from error
+
+    def _environment(self) -> dict[str, Any]:
+        path = self.folder / "config.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")).get("environment", {}) if path.exists() else {}
+
+    def _write_config(self, environment: dict[str, Any]) -> None:
+        tree = self.config.model_dump(mode="json") | {"environment": environment}
+        _write(self.folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+    def _write_state(self, state: str) -> None:
+        _write(self.folder / "state.json", json.dumps({"state": state}))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, platform and the git commit of the installed code (null outside a checkout)."""
+    versions: dict[str, Any] = {"gist_dist": __version__, "git_commit": _git_commit(), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package.replace("-", "_")] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package.replace("-", "_")] = None
+    return versions | {"platform": platform.platform(), "cores": os.cpu_count()}
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        command = ["git", "-C", str(here), "status", "--porcelain", "--", str(here)]
+        changed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}-changed" if changed else commit
+
+
+def _computed(config: RunConfig) -> dict[str, Any]:
+    """The values that decide what a run computes, as dotted keys."""
+    return dict(_flat(config.model_dump(mode="json", exclude=CHANGEABLE)))
+
+
+def _flat(tree: Any, prefix: str = "") -> Any:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, tree
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,157 @@
+"""One training step: the flow of a global batch over all workers."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gist_dist.collectives import World, all_gather_rows, all_reduce_gradients, all_reduce_values, reduce_scatter_rows
+from gist_dist.config import RunConfig
+from gist_dist.data.corpus import Corpus
+from gist_dist.data.plan import BatchPlan, Chunk, deal
+from gist_dist.encoder import Guide, Student
+from gist_dist.errors import UserError
+from gist_dist.gradcache import ActivationBudget, first_pass, second_pass
+from gist_dist.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.optim import clip_gradients
+
+PHASES = ("encode", "guide", "gather", "loss", "scatter", "backward", "reduce", "optimizer")
+
+
+@dataclass
+class StepResult:
+    """Of the whole global batch, equal on every worker."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    counts: dict[str, float]
+    """LossShare.counts, summed over workers."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By phase, on this worker."""
+
+
+class Trainee:
+    """What a step works on and changes."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        corpus: Corpus,
+        student: Student,
+        guide: Guide | None,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+    ) -> None:
+        self.config, self.corpus, self.world = config, corpus, world
+        self.student, self.guide, self.optimizer = student, guide, optimizer
+        self.activations = ActivationBudget(config.batch.activation_gb * 1e9, student.model)
+
+
+def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
+    """Encode, gather, score, scatter, encode again with graphs, sum, and let the optimizer step.
+
+    Every worker calls it with the same plan.
+    """
+    config, world, clock = trainee.config, trainee.world, Clock(trainee.student.device)
+    chunks = plan.student_chunks
+    hands = deal(chunks, world.size)
+    own = hands[world.rank]
+
+    def encode(chunk: int) -> Tensor:
+        tokens = trainee.corpus.student_tokens(plan.texts[chunks[chunk].texts])
+        return trainee.student.encode(tokens, dropout_seed=(config.seed, plan.step, chunk))
+
+    with clock("encode"):
+        embeddings = first_pass(encode, own, [chunks[c].padded_tokens for c in own], trainee.activations)
+    with clock("guide"):
+        guide_rows = None if trainee.guide is None else _encode_guide(trainee, plan)
+    with clock("gather"):
+        local = _stack([e.detach() for e in embeddings.values()], trainee.student)
+        student_rows = _gather_texts(local, chunks, hands, world)
+        if guide_rows is not None:
+            guide_rows = _gather_texts(guide_rows, plan.guide_chunks, deal(plan.guide_chunks, world.size), world)
+    with clock("loss"):
+        batch = _batch_index(plan, student_rows.device)
+        blocks = row_blocks(batch, config.loss, config.batch.loss_gb * 1e9)
+        share = gist_loss(student_rows, guide_rows, batch, blocks[world.rank :: world.size], config.loss)
+    with clock("scatter"):
+        gradients = _scatter_gradients(share.gradient, chunks, hands, world)
+        totals = all_reduce_values({"loss": share.loss, **share.counts}, world)
+    if not np.isfinite(totals["loss"]):
+        raise UserError(f"step {plan.step}: the loss is {totals['loss']}; lower optim.learning_rate or use fp32")
+    with clock("backward"):
+        second_pass(encode, embeddings, gradients)
+    with clock("reduce"):
+        # Shares already carry 1/g, so workers sum.
+        all_reduce_gradients(trainee.student.parameters(), world)
+    with clock("optimizer"):
+        grad_norm = clip_gradients(trainee.student.parameters(), config.optim.max_grad_norm)
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
+    return StepResult(totals.pop("loss"), grad_norm, totals, clock.seconds)
+
+
+def _encode_guide(trainee: Trainee, plan: BatchPlan) -> Tensor:
+    """The guide's embeddings of the texts dealt to this worker, by chunk."""
+    own = deal(plan.guide_chunks, trainee.world.size)[trainee.world.rank]
+    texts = [plan.texts[plan.guide_chunks[c].texts] for c in own]
+    return _stack([trainee.guide.encode(trainee.corpus.guide_tokens(t)) for t in texts], trainee.guide)
+
+
+def _stack(embeddings: list[Tensor], encoder: Student | Guide) -> Tensor:
+    """One row a text; no rows for a worker that was dealt no chunk."""
+    if embeddings:
+        return torch.cat(embeddings)
+    parameter = next(encoder.model.parameters())
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    return torch.zeros(0, encoder.width, device=encoder.device, dtype=dtype)
+
+
+def _gather_texts(local: Tensor, chunks: tuple[Chunk, ...], hands: list[list[int]], world: World) -> Tensor:
+    """Embeddings of all unique texts, in their order."""
+    order, counts = _dealt_order(chunks, hands)
+    gathered = all_gather_rows(local, counts, world)
+    embeddings = torch.empty_like(gathered)
+    embeddings[torch.from_numpy(order).to(gathered.device)] = gathered
+    return embeddings
+
+
+def _scatter_gradients(
+    gradient: Tensor, chunks: tuple[Chunk, ...], hands: list[list[int]], world: World
+) -> dict[int, Tensor]:
+    """Sum over workers of d(loss)/d(embeddings), for the chunks that this worker encoded."""
+    order, counts = _dealt_order(chunks, hands)
+    mine = reduce_scatter_rows(gradient[torch.from_numpy(order).to(gradient.device)], counts, world)
+    own = hands[world.rank]
+    return dict(zip(own, torch.split(mine, [len(chunks[c].texts) for c in own]), strict=True)) if own else {}
+
+
+def _dealt_order(chunks: tuple[Chunk, ...], hands: list[list[int]]) -> tuple[np.ndarray, list[int]]:
+    """Texts in the order in which the workers hold them, and how many each worker holds."""
+    counts = [sum(len(chunks[c].texts) for c in hand) for hand in hands]
+    return np.concatenate([chunks[c].texts for hand in hands for c in hand]), counts
+
+
+def _batch_index(plan: BatchPlan, device: torch.device) -> BatchIndex:
+    arrays = (plan.anchors, plan.positives, plan.negatives, plan.identity)
+    return BatchIndex(*(torch.from_numpy(array) for array in arrays)).to(device)
+
+
+class Clock:
+    """Seconds by phase; waits for the device, so that its work counts where it was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] += time.perf_counter() - started

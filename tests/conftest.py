@@ -1,0 +1,49 @@
+"""What tests share: offline models, one local Ray, process groups."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory) -> Path:
+    """all-MiniLM-L6-v2, the offline guide."""
+    import offline_models
+
+    return offline_models.minilm(tmp_path_factory.mktemp("models") / "all-MiniLM-L6-v2")
+
+
+@pytest.fixture(scope="session")
+def minilm_l2(minilm) -> Path:
+    """Its first two layers, the offline student."""
+    import offline_models
+
+    return offline_models.truncated(minilm, 2, minilm.parent / "MiniLM-L2")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip("the developers' data pack ../shared/data is not here")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    """One local Ray for all tests that need one."""
+    from gist_dist.config import ClusterConfig
+    from gist_dist.on_ray.cluster import connected
+
+    with connected(ClusterConfig()) as resources:
+        yield resources
