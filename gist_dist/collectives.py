@@ -2,7 +2,7 @@
 
 # Axes:  r rows held here   R rows of all workers   d width
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,39 +49,38 @@ def reduce_scatter_rows(rows: Float[Tensor, "R d"], counts: Sequence[int], world
     return summed[: counts[world.rank]]
 
 
-def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter], world: World) -> None:
-    """Sum the parameters' gradients over workers, in buckets.
+def all_reduce_sums(sums: list[Tensor | None], like: Sequence[Tensor], world: World) -> None:
+    """Sum tensors over workers in place, in buckets.
 
-    A worker without chunks has gradients of None where others have some: who has one is agreed upon first.
+    A worker without chunks has None where others have gradients: who has some is agreed upon first, and a tensor of
+    zeros, shaped like its parameter, takes part.
     """
     if world.size == 1:
         return
-    parameters = [p for p in parameters if p.requires_grad]
-    present = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    present = torch.tensor([total is not None for total in sums], dtype=torch.int32, device=like[0].device)
     dist.all_reduce(present)
-    bucket: list[torch.nn.Parameter] = []
-    for parameter, num_present in zip(parameters, present.tolist(), strict=True):
-        if not num_present:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if bucket and (_bytes(bucket) + _bytes([parameter]) > BUCKET_BYTES or bucket[0].dtype != parameter.dtype):
+    for number, num_present in enumerate(present.tolist()):
+        if num_present and sums[number] is None:
+            sums[number] = torch.zeros_like(like[number], dtype=torch.float64)
+    bucket: list[Tensor] = []
+    for total in (s for s in sums if s is not None):
+        if bucket and _bytes(bucket) + _bytes([total]) > BUCKET_BYTES:
             _all_reduce_bucket(bucket)
             bucket = []
-        bucket.append(parameter)
+        bucket.append(total)
     if bucket:
         _all_reduce_bucket(bucket)
 
 
-def _bytes(bucket: list[torch.nn.Parameter]) -> int:
-    return sum(p.numel() * p.element_size() for p in bucket)
+def _bytes(bucket: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in bucket)
 
 
-def _all_reduce_bucket(bucket: list[torch.nn.Parameter]) -> None:
-    flat = torch.cat([p.grad.flatten() for p in bucket])
+def _all_reduce_bucket(bucket: list[Tensor]) -> None:
+    flat = torch.cat([t.flatten() for t in bucket])
     dist.all_reduce(flat)
-    for parameter, summed in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-        parameter.grad.copy_(summed.view_as(parameter.grad))
+    for total, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+        total.copy_(summed.view_as(total))
 
 
 def all_reduce_values(values: dict[str, Tensor], world: World) -> dict[str, float]:

@@ -128,7 +128,6 @@ def load_sentence_transformer(
 ) -> "SentenceTransformer":
     """UserError if there is no such model, or none that is fed token ids."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Transformer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for weights that load in a second
@@ -145,8 +144,8 @@ def load_sentence_transformer(
     except Exception as error:  # noqa: BLE001 - every library below has its own; the user needs the name and reason
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{section}.model: '{config.model}' can't be loaded: {reason}") from error
-    if not isinstance(model[0], Transformer):
-        kind = type(model[0]).__name__
+    kind = type(model[0]).__name__
+    if kind != "Transformer":
         raise UserError(f"{section}.model: '{config.model}' begins with {kind}; only transformer models are supported")
     return model
 

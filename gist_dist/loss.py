@@ -59,7 +59,7 @@ class LossShare:
     loss: Float[Tensor, ""]
     """Of the rows scored here, already divided by g; fp64."""
     gradient: Float[Tensor, "u d"]
-    """d(loss) / d(student embeddings)."""
+    """d(loss) / d(student embeddings); fp64, so that the order in which blocks and workers add up leaves no trace."""
     counts: dict[str, Float[Tensor, ""]]
     """candidates_* and masked_* for each part, identical_dropped (rows themselves not counted), rows_without_negatives, and the
     sums over rows positive_similarity and guide_positive_similarity."""
@@ -119,7 +119,7 @@ class _Scorer:
         self.rows = {role: self.student[index] for role, index in texts.items()}
         self.guide_rows = {} if guide is None else {role: guide[index] for role, index in texts.items()}
         self.identity = {role: batch.identity[index] for role, index in texts.items()}
-        self.gradients = {role: torch.zeros_like(rows) for role, rows in self.rows.items()}
+        self.gradients = {role: torch.zeros_like(rows, dtype=torch.float64) for role, rows in self.rows.items()}
         self.texts = texts
         self.loss = student.new_zeros((), dtype=torch.float64)
         names = [f"{count}_{part}" for count in ("candidates", "masked") for part in self.parts]
@@ -188,10 +188,10 @@ class _Scorer:
             query, candidates = _ROLES[part]
             d_scores = softmax[:, columns]
             self.gradients[query][rows] += d_scores @ self.rows[candidates]
-            self.gradients[candidates].addmm_(d_scores.T, self.rows[query][rows])
+            self.gradients[candidates] += d_scores.T @ self.rows[query][rows]
 
     def share(self) -> LossShare:
-        gradient = torch.zeros_like(self.student)
+        gradient = torch.zeros_like(self.student, dtype=torch.float64)
         for role, index in self.texts.items():
             gradient.index_add_(0, index, self.gradients[role])
         return LossShare(self.loss, gradient, self.counts)

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gist_dist.collectives import World, all_gather_rows, all_reduce_gradients, all_reduce_values, reduce_scatter_rows
+from gist_dist.collectives import World, all_gather_rows, all_reduce_sums, all_reduce_values, reduce_scatter_rows
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan, Chunk, deal
 from gist_dist.encoder import Guide, Student
 from gist_dist.errors import UserError
-from gist_dist.gradcache import ActivationBudget, first_pass, second_pass
+from gist_dist.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.optim import clip_gradients
 
@@ -49,6 +49,7 @@ class Trainee:
     ) -> None:
         self.config, self.corpus, self.world = config, corpus, world
         self.student, self.guide, self.optimizer = student, guide, optimizer
+        self.gradients = GradientSums(student.parameters())
         self.activations = ActivationBudget(config.batch.activation_gb * 1e9, student.model)
 
 
@@ -85,10 +86,11 @@ def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
     if not np.isfinite(totals["loss"]):
         raise UserError(f"step {plan.step}: the loss is {totals['loss']}; lower optim.learning_rate or use fp32")
     with clock("backward"):
-        second_pass(encode, embeddings, gradients)
+        second_pass(encode, embeddings, gradients, trainee.gradients)
     with clock("reduce"):
         # Shares already carry 1/g, so workers sum.
-        all_reduce_gradients(trainee.student.parameters(), world)
+        all_reduce_sums(trainee.gradients.sums, trainee.gradients.parameters, world)
+        trainee.gradients.give()
     with clock("optimizer"):
         grad_norm = clip_gradients(trainee.student.parameters(), config.optim.max_grad_norm)
         trainee.optimizer.step()

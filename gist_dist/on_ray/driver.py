@@ -1,0 +1,173 @@
+"""`gist-dist train`: check, prepare, train on Ray, evaluate on the freed workers, report."""
+
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gist_dist.checkpoint import latest_intact
+from gist_dist.config import RunConfig
+from gist_dist.data.corpus import Corpus, prepare
+from gist_dist.data.sampler import Sampler
+from gist_dist.encoder import Guide, Student
+from gist_dist.errors import UserError
+from gist_dist.evaluation import check_tasks
+from gist_dist.on_ray.cluster import check_resources, connected, gpus_per_worker
+from gist_dist.on_ray.evaluation import evaluate_models
+from gist_dist.on_ray.worker import FAILURE_NAME, LOG_NAME, train_worker
+from gist_dist.model_card import write_model_card
+from gist_dist.report import Summary, build_report
+from gist_dist.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+def train_and_evaluate(config: RunConfig) -> Summary:
+    """The whole run; called again with the same recipe it does only what is left.
+
+    Every check comes before Ray is started. Raises UserError.
+    """
+    config = config.absolute_paths()
+    run = RunFolder(config)
+    run.refuse_other_recipe()
+    check_tasks(config.evaluate)
+    trained = run.is_trained()
+    corpus = None if trained else prepare_run(config, run)
+    if trained and not config.evaluate.tasks:
+        logger.info("%s is trained; nothing is left to do but the report", run.folder)
+    else:
+        with connected(config.cluster) as resources:
+            if not trained:
+                check_resources(config.cluster, resources)
+                _fit(config, corpus, run, resources)
+                run.mark_trained()
+            if config.evaluate.tasks:
+                evaluate_models(_models(config, run), config, run.folder / "mteb")
+    run.mark_finished()
+    write_model_card(run.folder)
+    return build_report(run.folder)
+
+
+def prepare_run(config: RunConfig, run: RunFolder) -> Corpus:
+    """Load both models once, on the CPU of the driver: to check them, and for their tokenizers."""
+    logger.info("loading models and preparing data")
+    student = Student(config.student)
+    guide = Guide(config.guide) if config.guide else None
+    run.create(config)
+    corpus = prepare(config, student, guide)
+    sampler = Sampler(corpus, config)
+    run.write_data_summary(corpus, sampler)
+    logger.info(
+        "%s rows with %s distinct texts; %d steps of %d rows (%.2f epochs)",
+        f"{corpus.num_rows:,}", f"{corpus.num_texts:,}", sampler.num_steps, config.batch.global_size,
+        sampler.num_steps / sampler.steps_per_epoch,
+    )
+    return corpus
+
+
+def _models(config: RunConfig, run: RunFolder) -> dict[str, str]:
+    models = {"trained": str(run.folder / "model")}
+    if config.evaluate.baseline:
+        models["baseline"] = config.student.model
+    if config.evaluate.guide and config.guide:
+        models["guide"] = config.guide.model
+    return models
+
+
+def _fit(config: RunConfig, corpus: Corpus, run: RunFolder, resources: dict[str, float]) -> None:
+    """Ray Train's worker group, restarted as often as cluster.max_failures says after lost workers."""
+    import ray.train
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    gpus, cluster = gpus_per_worker(config.cluster, resources), config.cluster
+    failure = run.folder / FAILURE_NAME
+    failure.unlink(missing_ok=True)
+    checkpoint = latest_intact(run.folder / "checkpoints")
+    if checkpoint:
+        logger.info("resuming after step %d", checkpoint.step)
+    logger.info("starting %d worker%s on Ray", cluster.num_workers, "s" * (cluster.num_workers > 1))
+    trainer = _trainer_class()(
+        train_worker,
+        train_loop_config={"recipe": config.model_dump(mode="json"), "corpus": str(corpus.folder), "use_gpu": gpus > 0},
+        torch_config=TorchConfig(backend="nccl" if gpus > 0 else "gloo", timeout_s=600),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"fit-{int(time.time())}",
+            storage_path=str(run.folder / ".ray"),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
+            worker_runtime_env=cluster.runtime_env or None,
+        ),
+    )
+    log = run.folder / "logs" / LOG_NAME
+    log.parent.mkdir(exist_ok=True)
+    try:
+        with _following(log):
+            trainer.fit()
+    except TrainingFailedError as error:
+        raise UserError(_explain(error, log)) from error
+    finally:
+        shutil.rmtree(run.folder / ".ray", ignore_errors=True)
+    if failure.exists():
+        raise UserError(json.loads(failure.read_text())["error"])
+
+
+def _trainer_class() -> Any:
+    """TorchTrainer without the placement group cleaner.
+
+    The cleaner asks the machine's first dashboard whether the controller lives; another Ray on the same machine has
+    none of it, and the live placement group is removed (Ray 2.60).
+    """
+    from ray.train.torch import TorchTrainer
+
+    class LocalTorchTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+    return LocalTorchTrainer if hasattr(TorchTrainer, "_create_default_callbacks") else TorchTrainer
+
+
+def _explain(error: Exception, log: Path) -> str:
+    """The last line of the first failed worker's traceback; the whole of it goes to the log."""
+    failures = getattr(error, "worker_failures", {})
+    text = str(next(iter(failures.values()), error)).strip() or type(error).__name__
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"{error}\n")
+    return f"training stopped: {text.splitlines()[-1]} (all of it in {log})"
+
+
+@contextmanager
+def _following(log: Path) -> Iterator[None]:
+    """Repeat what rank 0 writes to its log, while the block runs."""
+    ended = threading.Event()
+    start = log.stat().st_size if log.exists() else 0
+    follower = threading.Thread(target=_follow, args=(log, start, ended), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join(timeout=5)
+
+
+def _follow(log: Path, position: int, ended: threading.Event) -> None:
+    while True:
+        last_look = ended.wait(0.5)
+        if log.exists():
+            with open(log, encoding="utf-8") as file:
+                file.seek(position)
+                while (line := file.readline()).endswith("\n"):
+                    position = file.tell()
+                    logger.info("%s", line.rstrip("\n"))
+        if last_look:
+            return

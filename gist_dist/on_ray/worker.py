@@ -1,0 +1,51 @@
+"""What runs in every Ray Train worker."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+LOG_NAME = "train.log"
+FAILURE_NAME = "failure.json"
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """Load what a worker hosts and train. A UserError ends the run on all ranks, without Ray's retries."""
+    import torch
+
+    from gist_dist.collectives import World
+    from gist_dist.config import parse_config
+    from gist_dist.data.corpus import Corpus
+    from gist_dist.encoder import Guide, Student
+    from gist_dist.errors import UserError
+    from gist_dist.trainer import train
+
+    config = parse_config(payload["recipe"])
+    world = World.current()
+    _log_to_file(config.run_dir, world.rank)
+    device = torch.device(f"cuda:{torch.cuda.current_device()}" if payload["use_gpu"] else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    else:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        student = Student(config.student, device)
+        guide = Guide(config.guide, device) if config.guide else None
+        train(config, Corpus(Path(payload["corpus"])), student, guide, world)
+    except UserError as error:
+        if world.rank == 0:
+            (config.run_dir / FAILURE_NAME).write_text(json.dumps({"error": str(error)}))
+
+
+def _log_to_file(run_dir: Path, rank: int) -> None:
+    """Rank 0 writes the log that the driver follows; the others one each."""
+    folder = run_dir / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / (LOG_NAME if rank == 0 else f"worker-{rank}.log"))
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else "%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("gist_dist")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.debug("rank %d is process %d", rank, os.getpid())

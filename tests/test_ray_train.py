@@ -1,0 +1,155 @@
+"""Real runs through Ray with real models: the law, the run folder, resume, and errors before any worker starts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from gist_dist.config import ClusterConfig, RunConfig, parse_config
+from gist_dist.errors import UserError
+from gist_dist.metrics import read_metrics
+from gist_dist.on_ray.cluster import check_resources
+from gist_dist.on_ray.driver import train_and_evaluate
+
+pytestmark = pytest.mark.ray
+
+STEPS = 4
+TOPICS = ("river", "engine", "sonata", "vaccine", "glacier", "theorem", "harvest", "satellite")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Ragged rows: different lengths, some with hard negatives, some texts in several rows."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with open(path, "w") as file:
+        for i in range(120):
+            topic, other = TOPICS[i % 8], TOPICS[(i + 3) % 8]
+            row = {
+                "anchor": f"what does number {i} say about the {topic}",
+                "positive": f"the {topic} in entry {i // 2} " + f"is described at length with {other} " * (i % 5),
+                "negatives": [f"{other} entry {i + k}" for k in range(i % 3)],
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def recipe(output_dir: Path, rows: Path, minilm: Path, minilm_l2: Path, num_workers: int, **changes) -> RunConfig:
+    tree = {
+        "name": f"workers-{num_workers}",
+        "output_dir": str(output_dir),
+        "student": {"model": str(minilm_l2), "max_tokens": 32},
+        "guide": {"model": str(minilm), "max_tokens": 32},
+        "data": {"sources": [{"path": str(rows)}]},
+        "batch": {"global_size": 48, "chunk_tokens": 256},
+        "optim": {"steps": STEPS, "learning_rate": 1e-4},
+        "checkpoint": {"every_steps": 2},
+        "cluster": {"num_workers": num_workers, "cpus_per_worker": 0.5},
+    }
+    return parse_config(tree | changes)
+
+
+@pytest.fixture(scope="module")
+def runs(ray_session, tmp_path_factory, rows, minilm, minilm_l2) -> dict[int, RunConfig]:
+    """The same recipe on 1, 2 and 3 workers."""
+    output_dir = tmp_path_factory.mktemp("runs")
+    configs = {n: recipe(output_dir, rows, minilm, minilm_l2, n) for n in (1, 2, 3)}
+    for config in configs.values():
+        train_and_evaluate(config)
+    return configs
+
+
+def test_losses_and_gradient_norms_do_not_depend_on_world_size(runs):
+    lines = {n: read_metrics(config.run_dir / "metrics.jsonl") for n, config in runs.items()}
+    assert [line["world_size"] for line in lines[3]] == [3] * STEPS
+    for n in (2, 3):
+        for one, many in zip(lines[1], lines[n], strict=True):
+            assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+            assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
+            assert many["masked_fraction"] == one["masked_fraction"]
+    assert any(line["masked_fraction"] > 0 for line in lines[1])
+
+
+def test_models_do_not_depend_on_world_size(runs, minilm_l2):
+    before = load_file(minilm_l2 / "model.safetensors")
+    models = {n: load_file(config.run_dir / "model" / "model.safetensors") for n, config in runs.items()}
+    assert max((models[1][name] - before[name]).abs().max().item() for name in models[1]) > 1e-5
+    for n in (2, 3):
+        # Sums in fp64 make even the noise agree that Adam takes for the gradient of key biases.
+        differing = sum((models[n][name] != tensor).sum().item() for name, tensor in models[1].items())
+        assert differing == 0
+
+
+def test_run_leaves_what_the_design_lists(runs):
+    folder = runs[2].run_dir
+    for name in ("config.yaml", "metrics.jsonl", "checkpoints", "model/README.md", "report.html", "report.json", "plots"):
+        assert (folder / name).exists(), name
+    assert SentenceTransformer(str(folder / "model"), device="cpu").encode(["text"]).shape == (1, 384)
+    line = read_metrics(folder / "metrics.jsonl")[0]
+    for key in (
+        "step loss grad_norm learning_rate world_size pairs_per_second tokens_per_second padding_fraction masked_fraction "
+        "masked_fraction_ap masked_fraction_aa masked_fraction_pp masked_fraction_an rows_without_negatives seconds "
+        "peak_memory_bytes"
+    ).split():
+        assert key in line, key
+    assert {"encode", "guide", "gather", "loss", "scatter", "backward", "optimizer", "step"} <= line["seconds"].keys()
+
+
+def test_finished_run_trains_no_more(runs):
+    model = runs[1].run_dir / "model" / "model.safetensors"
+    written = model.stat().st_mtime_ns
+    started = time.monotonic()
+    train_and_evaluate(runs[1])
+    assert model.stat().st_mtime_ns == written
+    assert time.monotonic() - started < 20
+
+
+def test_another_recipe_under_the_same_name_is_refused(runs):
+    changed = runs[1].model_copy(update={"seed": 7})
+    with pytest.raises(UserError, match=r"holds a run with seed = 0, not 7"):
+        train_and_evaluate(changed)
+
+
+def test_killed_run_ends_with_the_undisturbed_model(runs, tmp_path, rows, minilm, minilm_l2):
+    """The driver is killed after the first checkpoint; the same recipe, now on one worker, does the rest."""
+    killed = recipe(tmp_path, rows, minilm, minilm_l2, 2, name="killed")
+    command = [sys.executable, "-m", "gist_dist.cli", "train", str(_write_recipe(killed, tmp_path))]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = killed.run_dir / "checkpoints" / "step-00000002" / "COMMIT.json"
+    deadline = time.monotonic() + 240
+    while not first.exists():
+        assert driver.poll() is None and time.monotonic() < deadline, "no checkpoint appeared"
+        time.sleep(0.01)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    train_and_evaluate(killed.model_copy(update={"cluster": ClusterConfig(num_workers=1)}))
+    lines, undisturbed = (read_metrics(c.run_dir / "metrics.jsonl") for c in (killed, runs[2]))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line, expected in zip(lines, undisturbed, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=2e-6)
+
+
+def test_user_error_in_a_worker_is_one_sentence_and_is_not_retried(ray_session, tmp_path, rows, minilm, minilm_l2):
+    config = recipe(tmp_path, rows, minilm, minilm_l2, 2, name="explodes", loss={"temperature": 1e-45})
+    with pytest.raises(UserError, match=r"step 1: the loss is (nan|inf)"):
+        train_and_evaluate(config)
+
+
+def test_more_workers_than_the_cluster_has_are_refused():
+    with pytest.raises(UserError, match=r"num_workers = 5 with cpus_per_worker = 1 needs 5 CPUs; the cluster has 2"):
+        check_resources(ClusterConfig(num_workers=5), {"CPU": 2.0})
+    with pytest.raises(UserError, match="needs 2 GPUs; the cluster has 0"):
+        check_resources(ClusterConfig(num_workers=2, gpus_per_worker=1), {"CPU": 8.0})
+
+
+def _write_recipe(config: RunConfig, folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(config.model_dump(mode="json")))
+    return path
