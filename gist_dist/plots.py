@@ -1,0 +1,243 @@
+"""A run's curves: as PNG files, and as SVG in the colours of the page, light or dark."""
+
+import math
+import re
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+BLOCKS = {"ap": "anchor–positive", "aa": "anchor–anchor", "pp": "positive–positive", "an": "anchor–negative"}
+"""Blocks of candidates (see loss.py) in words."""
+MAX_POINTS = 400
+"""A curve is drawn with at most so many points; longer ones are averaged in equal bins of steps."""
+COLORS = {"--ink": "#23211e", "--muted": "#77736b", "--rule": "#dcd8cf"}
+LINES = {"--c0": "#8b877e", "--c1": "#2c5f8d", "--c2": "#bf6a22", "--c3": "#3f7f5f", "--c4": "#84548f"}
+"""CSS variable of the page -> colour of the PNG."""
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "text.color": COLORS["--ink"],
+    "text.parse_math": False,
+    "axes.edgecolor": COLORS["--rule"],
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelcolor": COLORS["--muted"],
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": COLORS["--rule"],
+    "grid.linewidth": 0.5,
+    "xtick.color": COLORS["--rule"],
+    "ytick.color": COLORS["--rule"],
+    "xtick.labelcolor": COLORS["--muted"],
+    "ytick.labelcolor": COLORS["--muted"],
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    name: str
+    title: str
+    section: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One plot of lines over steps."""
+
+    name: str
+    title: str
+    section: str
+    """Of the page."""
+    lines: dict[str, str]
+    """Key of metrics.jsonl -> label."""
+    scale: float = 1.0
+    smooth: bool = False
+    """Draw a running mean over a faint curve."""
+    from_zero: bool = True
+
+
+CURVES = (
+    Curves("loss", "Loss", "training", {"loss": "loss"}, smooth=True),
+    Curves("grad_norm", "Gradient norm, before clipping", "training", {"grad_norm": "norm"}, smooth=True),
+    Curves("learning_rate", "Learning rate", "training", {"learning_rate": "learning rate"}),
+    Curves(
+        "masked_fraction",
+        "Masked candidates, % of each block",
+        "masking",
+        {"masked_fraction": "all"}
+        | {f"masked_fraction_{block}": f"{block[0]}–{block[1]}" for block in BLOCKS},
+        scale=100.0,
+    ),
+    Curves(
+        "rows_without_negatives",
+        "Rows of a batch without a negative",
+        "masking",
+        {"rows_without_negatives": "rows"},
+    ),
+    Curves(
+        "positive_similarity",
+        "Cosine of anchor and positive, mean",
+        "masking",
+        {"positive_similarity": "student", "guide_positive_similarity": "guide"},
+        from_zero=False,
+    ),
+    Curves("pairs_per_second", "Pairs per second", "speed", {"pairs_per_second": "pairs/s"}, smooth=True),
+    Curves("peak_memory", "Peak memory of a worker, GB", "speed", {"peak_memory_bytes": "GB"}, scale=1e-9),
+)
+
+
+def write_plots(
+    folder: Path,
+    metrics: list[dict[str, Any]],
+    seconds: dict[str, float],
+    tasks: list[tuple[str, float, float]],
+    max_grad_norm: float | None,
+) -> list[Plot]:
+    """Write folder/NAME.png of what there is to draw; a plot that has nothing to show any more is removed.
+
+    seconds: by phase, with their whole under "step"; tasks: (name, before, after) in points.
+    """
+    import matplotlib
+
+    folder.mkdir(exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        drawn = [
+            (spec.name, spec.title, spec.section, _draw_curves(spec, metrics, max_grad_norm))
+            for spec in CURVES
+        ]
+        drawn.append(("phases", "Share of the step, %", "speed", _draw_phases(seconds)))
+        drawn.append(("tasks", "MTEB main score: before (open), after (filled)", "tasks", _draw_tasks(tasks)))
+        plots = []
+        for name, title, section, figure in drawn:
+            if figure is None:
+                (folder / f"{name}.png").unlink(missing_ok=True)
+                continue
+            plots.append(Plot(name, title, section, _svg(figure, name)))
+            if section != "tasks":
+                figure.subplots_adjust(top=0.81)
+            figure.suptitle(title, fontsize=9, x=0.02, ha="left")
+            figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
+    return plots
+
+
+def _draw_curves(spec: Curves, metrics: list[dict[str, Any]], max_grad_norm: float | None) -> Any:
+    """A matplotlib Figure; None when no line has a value."""
+    lines = {label: _points(metrics, key, spec.scale) for key, label in spec.lines.items()}
+    drawn = {label: points for label, points in lines.items() if points[0]}
+    if not drawn:
+        return None
+    figure, axes = _figure()
+    # The colour of a line stays its own when others have nothing to draw.
+    colors = dict(zip(lines, list(LINES.values())[0 if len(lines) > 2 else 1 :], strict=False))
+    for label, (steps, values) in drawn.items():
+        smoothed = _running_mean(values) if spec.smooth else values
+        if smoothed is not values:
+            axes.plot(steps, values, color=colors[label], linewidth=0.6, alpha=0.35)
+        marker = "o" if len(steps) < 3 else None
+        axes.plot(
+            steps, smoothed, color=colors[label], linewidth=1.4, label=label, marker=marker, markersize=3
+        )
+    if spec.from_zero and min(min(values) for _, values in drawn.values()) >= 0:
+        axes.set_ylim(bottom=0)
+    if spec.name == "grad_norm" and max_grad_norm:
+        axes.axhline(max_grad_norm, color=COLORS["--muted"], linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+    axes.yaxis.get_offset_text().set_color(COLORS["--muted"])
+    axes.set_xlabel("step")
+    if len(drawn) > 1:
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), handlelength=1.2, borderaxespad=0
+        )
+    return figure
+
+
+def _draw_phases(seconds: dict[str, float]) -> Any:
+    whole = seconds["step"]
+    shares = {phase: 100 * part / whole for phase, part in seconds.items() if phase != "step" and part}
+    if not shares:
+        return None
+    figure, axes = _figure(left=0.19, bottom=0.06)
+    bars = axes.barh(list(shares), list(shares.values()), color=LINES["--c1"], height=0.62)
+    labels = [f"{share:.1f}" for share in shares.values()]
+    axes.bar_label(bars, labels, padding=3, fontsize=7, color=COLORS["--muted"])
+    axes.set_xlim(0, max(shares.values()) * 1.15)
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    return figure
+
+
+def _draw_tasks(tasks: list[tuple[str, float, float]]) -> Any:
+    """Before and after as two dots on a line a task."""
+    from matplotlib.figure import Figure
+
+    if not tasks:
+        return None
+    figure = Figure(figsize=(6.4, 0.9 + 0.22 * len(tasks)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, before, after) in enumerate(tasks):
+        color = LINES["--c2"] if after < before else LINES["--c1"]
+        axes.plot([before, after], [place, place], color=color, linewidth=1.4)
+        axes.plot(before, place, "o", color=color, markerfacecolor="white", markersize=5)
+        axes.plot(after, place, "o", color=color, markersize=5)
+    axes.set_yticks(range(len(tasks)), [task for task, _, _ in tasks])
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.grid(axis="x")
+    return figure
+
+
+def _figure(left: float = 0.1, bottom: float = 0.165) -> tuple[Any, Any]:
+    """Fixed margins, so that the axes of neighbouring plots line up."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.7, 2.4))
+    axes = figure.add_subplot()
+    figure.subplots_adjust(left=left, right=0.98, bottom=bottom, top=0.91)
+    return figure, axes
+
+
+def _points(metrics: list[dict[str, Any]], key: str, scale: float) -> tuple[list[float], list[float]]:
+    """(steps, values) in at most MAX_POINTS means of neighbouring steps; what is not finite is left out."""
+    known = [(row["step"], row.get(key)) for row in metrics]
+    known = [(step, scale * v) for step, v in known if isinstance(v, int | float) and math.isfinite(v)]
+    size = math.ceil(len(known) / MAX_POINTS) or 1
+    bins = [known[i : i + size] for i in range(0, len(known), size)]
+    return [fmean(step for step, _ in part) for part in bins], [
+        fmean(value for _, value in part) for part in bins
+    ]
+
+
+def _running_mean(values: list[float]) -> list[float]:
+    """Over a twentieth of the curve, centred; the curve itself when it is short."""
+    reach = len(values) // 40
+    return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))] if reach else values
+
+
+def _svg(figure: Any, name: str) -> str:
+    """The figure as an inline SVG element; the salt makes its ids stable, and unlike other figures'."""
+    import matplotlib
+
+    buffer = StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        )
+    svg = buffer.getvalue()
+    svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg[svg.index("<svg") :])
+    for variable, color in (COLORS | LINES).items():
+        svg = svg.replace(color, f"var({variable})")
+    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
