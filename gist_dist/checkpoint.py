@@ -78,7 +78,9 @@ def load_checkpoint(
     moments = load_file(checkpoint.folder / "optimizer.safetensors", device=str(device))
     optimizer.state.clear()
     for name, parameter in model.named_parameters():
-        state = {kind: moments[f"{kind}|{name}"] for kind in ("exp_avg", "exp_avg_sq", "step") if f"{kind}|{name}" in moments}
+        state = {
+            kind: moments[f"{kind}|{name}"] for kind in ("exp_avg", "exp_avg_sq", "step") if f"{kind}|{name}" in moments
+        }
         if state:
             state["step"] = state["step"].cpu()
             optimizer.state[parameter] = state

@@ -19,7 +19,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a UserError, 130 interrupted."""
+    """Exit status: 0 done, 1 a UserError or an MTEB task that failed, 130 interrupted."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("gist_dist").setLevel(logging.INFO)
@@ -78,7 +78,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     summary = train_and_evaluate(config)
     print("\n" + "\n".join(summary.lines()))
-    return 0
+    return 1 if summary.num_failed else 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 # Axes:  r rows held here   R rows of all workers   d width
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,3 +113,11 @@ def broadcast_object(value: Any, world: World) -> Any:
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()
+
+
+def try_backends() -> list[str]:
+    """Sum a tensor in a gloo group of one, in this process; RuntimeError if that fails. Names of what can be used."""
+    with tempfile.TemporaryDirectory() as folder:
+        group = dist.ProcessGroupGloo(dist.FileStore(f"{folder}/store", 1), 0, 1)
+        group.allreduce([torch.ones(3)]).wait()
+    return ["gloo"] + ["nccl"] * dist.is_nccl_available()

@@ -4,6 +4,7 @@ Importing this module costs neither torch nor ray, so that a mistyped key answer
 """
 
 import difflib
+import reprlib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,9 +16,12 @@ from gist_dist.errors import UserError
 
 ROLES = ("anchor", "positive", "negatives")
 
+SHORT = reprlib.Repr()  # a few kilobytes of YAML aliases can stand for gigabytes
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class RolePrompts(Section):
@@ -31,7 +35,7 @@ class RolePrompts(Section):
 class StudentConfig(Section):
     """The model that is trained."""
 
-    model: str
+    model: str = Field(min_length=1)
     """Hub id or folder of a SentenceTransformer (or of a plain transformers encoder: mean pooling is added)."""
     revision: str | None = None
     """Hub revision."""
@@ -50,7 +54,7 @@ class StudentConfig(Section):
 class GuideConfig(Section):
     """The frozen model that tells false negatives."""
 
-    model: str
+    model: str = Field(min_length=1)
     """Hub id or folder of a SentenceTransformer."""
     revision: str | None = None
     """Hub revision."""
@@ -76,7 +80,7 @@ class Columns(Section):
     anchor: str = "anchor"
     positive: str = "positive"
     negatives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_list)] = None
-    """One list column, one text column, or several text columns; null cells mean no negative there. Left out,
+    """One list column, one text column, or several text columns; a null means no negative there. Left out,
     'negatives' or 'negative' is taken where the file has it; [] takes none."""
 
 
@@ -90,14 +94,15 @@ class SourcePrompts(Section):
 class SourceConfig(Section):
     """One data set of training rows."""
 
-    path: str
-    """A file or folder of parquet, jsonl, csv or arrow, a glob, or a Hub dataset id."""
+    path: str = Field(min_length=1)
+    """A file or folder of parquet, jsonl, csv or arrow, a glob, a URI (s3://, gs://, hf://…), or a Hub dataset id."""
     name: str | None = None
     """Shown in the plan and the report; by default the last part of the path."""
     subset: str | None = None
     """Configuration of a Hub dataset."""
     split: str | None = None
-    """Split of a Hub dataset (default: train) or of a folder whose file names begin with it."""
+    """Split of a Hub dataset, or of a folder whose files or subfolders are named after splits. null takes train where
+    there are several splits, and else the whole folder."""
     revision: str | None = None
     """Revision of a Hub dataset."""
     columns: Columns = Columns()
@@ -116,16 +121,22 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[SourceConfig, ...]
     root: str | None = None
-    """Folder that relative source paths start from; by default the current one."""
+    """Folder that relative source paths start from; by default the current one. If it is set, no path is a Hub id."""
     mixing: Literal["homogeneous", "mixed"] = "homogeneous"
-    """homogeneous: a batch holds rows of one source, and what is left of each source makes the last, mixed
-    batches of the epoch. mixed: rows of all sources are shuffled together."""
+    """homogeneous: a batch holds rows of one source; only what is left of each, less than a batch, is mixed.
+    mixed: rows of all sources are shuffled together."""
     unusable_rows: Literal["drop", "error"] = "drop"
     """Rows with an empty, missing or non-text anchor, positive or negative: drop counts and names them, error stops."""
     cache_dir: str | None = None
     """Where prepared corpora are kept, one folder for each content; by default output_dir/corpora."""
+
+    @model_validator(mode="after")
+    def _something(self) -> "DataConfig":
+        if not self.sources:
+            raise ValueError("sources is empty; name at least one data set")
+        return self
 
 
 class BatchConfig(Section):
@@ -161,7 +172,8 @@ class OptimConfig(Section):
     """What the rate does after warm-up; linear and cosine end at 0."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled; not applied to biases and normalisation weights."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of AdamW's two running means."""
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
     """The gradient of the global batch is scaled down to this norm; null never clips."""
@@ -210,8 +222,8 @@ class ClusterConfig(Section):
     """Training processes."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """null: one where the cluster has GPUs, none elsewhere."""
-    cpus_per_worker: float = Field(1, gt=0)
-    """Cores reserved for a worker; also its number of compute threads on CPU."""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """Cores reserved for a worker, and its compute threads on CPU. null: one, or a half where cores are too few."""
     address: str | None = None
     """Of a running Ray cluster; null takes $RAY_ADDRESS, or else starts a local Ray and stops it at the end."""
     runtime_env: dict[str, Any] = {}
@@ -289,16 +301,18 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
     return parse_config(tree, origin)
 
 
-def parse_config(tree: dict[str, Any], origin: str = "recipe") -> RunConfig:
-    """Validate a tree of plain values; UserError names the first wrong field and what it may be."""
+def parse_config(tree: dict[Any, Any], origin: str = "recipe") -> RunConfig:
+    """Validate a tree of plain values; UserError has a line for each wrong field (of the first few)."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(problem, origin) for problem in error.errors())) from None
+        raise UserError("\n".join(_explain(problem, origin) for problem in error.errors()[:5])) from None
 
 
 def packaged_recipes() -> list[str]:
-    return sorted(f.name[: -len(".yaml")] for f in resources.files("gist_dist.recipes").iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name[: -len(".yaml")] for f in resources.files("gist_dist.recipes").iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def _read_recipe(recipe: str) -> tuple[str, str]:
@@ -314,7 +328,7 @@ def _read_recipe(recipe: str) -> tuple[str, str]:
     raise UserError(f"{recipe}: no such recipe file, and no packaged recipe of that name (there are: {names})")
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[Any, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override '{override}' is not of the form section.key=value")
@@ -374,7 +388,7 @@ def _explain(problem: Any, origin: str) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{origin}: {path}: {message}" if path else f"{origin}: {message}"
-    return f"{origin}: {path} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{origin}: {path} = {SHORT.repr(problem['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

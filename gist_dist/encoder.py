@@ -3,9 +3,12 @@
 # Axes:  t texts of one chunk   l tokens of its longest text   d width
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +20,23 @@ from torch.nn import functional as F
 
 from gist_dist.config import GuideConfig, RolePrompts, StudentConfig
 from gist_dist.errors import UserError
+from gist_dist.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+TOKENIZER_PROBES = (
+    "a",
+    "",
+    " Two  Words\n",
+    "word " * 3000,
+    "https://example.org/a.png",
+    "naïve Ünï 東京 😀",
+    "[MASK] </s>",
+)
 
 
 class Encoder:
@@ -47,6 +62,19 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of all texts, joined, and the number of tokens of each; exactly what model.encode would see."""
+        if self._backend_suffices:
+            return _tokenize(self.model.tokenizer.backend_tokenizer, texts)
+        parts = [self._preprocess(texts[start : start + 256]) for start in range(0, len(texts), 256)]
+        return np.concatenate([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+
+    @cached_property
+    def _backend_suffices(self) -> bool:
+        """Whether the bare tokenizer gives what the model's preprocessing gives, which pads and takes twice as long."""
+        backend = getattr(self.model.tokenizer, "backend_tokenizer", None)
+        expected = self._preprocess(TOKENIZER_PROBES)  # also sets the backend's truncation
+        return backend is not None and all(map(np.array_equal, _tokenize(backend, TOKENIZER_PROBES), expected))
+
+    def _preprocess(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         features = self.model.preprocess(list(texts))
         real = features["attention_mask"].bool()
         if features.get("token_type_ids") is not None:
@@ -58,7 +86,12 @@ class Encoder:
         """Of everything that turns a text into token ids."""
         tokenizer = self.model.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        if backend is not None:
+            parts = json.loads(backend.to_str())
+            parts.pop("padding", None)  # of the last call
+            vocabulary = json.dumps(parts)
+        else:
+            vocabulary = repr(sorted(tokenizer.get_vocab().items()))
         transformer = self.model[0]
         lower = getattr(transformer, "do_lower_case", False)
         described = f"{vocabulary}|{type(tokenizer).__name__}|{self.model.max_seq_length}|{lower}"
@@ -127,6 +160,7 @@ def load_sentence_transformer(
     config: StudentConfig | GuideConfig, section: str, device: torch.device | str
 ) -> "SentenceTransformer":
     """UserError if there is no such model, or none that is fed token ids."""
+    offline = not Path(config.model).expanduser().exists() and go_offline_if_unreachable()
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
@@ -141,13 +175,21 @@ def load_sentence_transformer(
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except Exception as error:  # noqa: BLE001 - every library below has its own; the user needs the name and reason
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:
+        away = offline and isinstance(error, OSError)
+        reason = "the Hub is out of reach and its cache hasn't it" if away else " ".join(str(error).split())[:300]
         raise UserError(f"{section}.model: '{config.model}' can't be loaded: {reason}") from error
     kind = type(model[0]).__name__
     if kind != "Transformer":
         raise UserError(f"{section}.model: '{config.model}' begins with {kind}; only transformer models are supported")
     return model
+
+
+def _tokenize(backend: "Tokenizer", texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    backend.no_padding()
+    ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
+    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
 
 def override_dropout(model: nn.Module, probability: float) -> None:
@@ -160,7 +202,9 @@ def override_dropout(model: nn.Module, probability: float) -> None:
                 setattr(module, name, probability)
 
 
-def pad(tokens: Sequence[np.ndarray], pad_id: int, side: str = "right") -> tuple[Int[Tensor, "t l"], Int[Tensor, "t l"]]:
+def pad(
+    tokens: Sequence[np.ndarray], pad_id: int, side: str = "right"
+) -> tuple[Int[Tensor, "t l"], Int[Tensor, "t l"]]:
     """Token ids and attention mask, padded to the longest text."""
     lengths = np.array([len(ids) for ids in tokens])
     columns = np.arange(lengths.max())

@@ -2,7 +2,7 @@
 
 GISTEmbed (Solatorio 2024, arXiv 2402.16829): candidates that the guide finds closer to the anchor than the row's own
 positive are false negatives and leave the softmax. Without a guide it is InfoNCE. The gradient is written out instead
-of left to autograd: one block's scores are the only rows × candidates memory there ever is, and are reused in place.
+of left to autograd: one block's scores are the only rows × candidates memory there ever is, reused in place.
 """
 
 # Axes:  g rows of the global batch   b rows of one block   u unique texts   n hard negatives of all rows
@@ -61,8 +61,8 @@ class LossShare:
     gradient: Float[Tensor, "u d"]
     """d(loss) / d(student embeddings); fp64, so that the order in which blocks and workers add up leaves no trace."""
     counts: dict[str, Float[Tensor, ""]]
-    """candidates_* and masked_* for each part, identical_dropped (rows themselves not counted), rows_without_negatives, and the
-    sums over rows positive_similarity and guide_positive_similarity."""
+    """candidates_* and masked_* for each part, identical_dropped (the rows themselves not counted),
+    rows_without_negatives, and the sums over rows positive_similarity and guide_positive_similarity."""
 
 
 def row_blocks(batch: BatchIndex, config: LossConfig, budget_bytes: float) -> list[range]:
@@ -74,7 +74,8 @@ def row_blocks(batch: BatchIndex, config: LossConfig, budget_bytes: float) -> li
     parts = batch.parts(config)
     num_candidates = sum(len(candidates) for _, candidates in parts.values())
     widest = max(len(candidates) for _, candidates in parts.values())
-    bytes_per_row = 4 * num_candidates + 8 * widest  # scores; guide scores and masks of one part at a time
+    # Scores; guide scores, masks and counts of one part, while those of the part before are being replaced.
+    bytes_per_row = 4 * num_candidates + 12 * widest
     in_budget = max(1, int(budget_bytes // bytes_per_row))
     to_share = max(32, -(-batch.num_rows // 128))  # enough blocks that workers get equal numbers of rows
     size = min(in_budget, to_share)
@@ -147,13 +148,13 @@ class _Scorer:
                 masked = false_negatives(guide_scores, guide_positive, self.config) & ~identical
                 if part == "ap":
                     masked[own] = False
-                self.counts[f"masked_{part}"] += masked.sum()
+                self.counts[f"masked_{part}"] += _per_row(masked).sum()
                 dropped = identical | masked
-            num_identical = identical.sum()
+            num_identical = _per_row(identical).sum()
             num_self = len(block) if part in ("aa", "pp") else 0
             self.counts["identical_dropped"] += num_identical - num_self
             self.counts[f"candidates_{part}"] += identical.numel() - num_identical
-            kept += (~dropped).sum(dim=1)
+            kept += dropped.shape[1] - _per_row(dropped)
             part_scores.masked_fill_(dropped, -torch.inf)
         self.counts["candidates_ap"] -= len(block)  # own positives are no candidates for masking
         self.counts["rows_without_negatives"] += (kept == 1).sum()
@@ -174,12 +175,14 @@ class _Scorer:
         return columns
 
     def _add_loss(self, scores: Float[Tensor, "b all"], own: tuple[Tensor, Tensor]) -> None:
-        """Leaves softmax(scores / τ) in place of the scores."""
+        """Leaves softmax(scores / τ) in place of the scores; torch.logsumexp would need as much memory again."""
         scores /= self.config.temperature
-        positive = scores[own]
-        log_sum = torch.logsumexp(scores, dim=1)
-        self.loss += (log_sum - positive).sum(dtype=torch.float64) / self.batch.num_rows
-        scores.sub_(log_sum.unsqueeze(1)).exp_()
+        largest = scores.amax(dim=1)
+        above_positive = largest - scores[own]
+        scores.sub_(largest.unsqueeze(1)).exp_()
+        total = scores.sum(dim=1)
+        self.loss += (total.log() + above_positive).sum(dtype=torch.float64) / self.batch.num_rows
+        scores /= total.unsqueeze(1)
 
     def _add_gradient(self, softmax: Float[Tensor, "b all"], rows: slice, own: tuple[Tensor, Tensor]) -> None:
         softmax[own] -= 1
@@ -195,6 +198,11 @@ class _Scorer:
         for role, index in self.texts.items():
             gradient.index_add_(0, index, self.gradients[role])
         return LossShare(self.loss, gradient, self.counts)
+
+
+def _per_row(mask: Bool[Tensor, "b c"]) -> Int[Tensor, "b"]:
+    """How many are true. On CPU torch sums a copy of the mask in the type of the result: not in int64, then."""
+    return mask.sum(dim=1, dtype=torch.int32)
 
 
 _ROLES = {

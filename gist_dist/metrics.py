@@ -23,7 +23,7 @@ class MetricsFile:
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.replace(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
+        self._file = open(path, "a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -45,8 +45,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def metrics_line(
-    plan: BatchPlan, result: StepResult, corpus: Corpus, learning_rate: float, world_size: int, step_seconds: float,
-    steps_per_epoch: int, peak_memory: float,
+    plan: BatchPlan,
+    result: StepResult,
+    corpus: Corpus,
+    learning_rate: float,
+    world_size: int,
+    step_seconds: float,
+    steps_per_epoch: int,
+    peak_memory: float,
 ) -> dict[str, Any]:
     counts, rows = result.counts, len(plan.rows)
     candidates = {part: counts.get(f"candidates_{part}", 0.0) for part in PARTS}
@@ -70,7 +76,8 @@ def metrics_line(
         "positive_similarity": counts["positive_similarity"] / rows,
         "guide_positive_similarity": counts["guide_positive_similarity"] / rows if plan.guide_chunks else None,
         "sources": {name: n for name, n in zip(corpus.source_names, sources, strict=True) if n},
-        "seconds": {phase: round(seconds, 6) for phase, seconds in result.seconds.items()} | {"step": round(step_seconds, 6)},
+        "seconds": {phase: round(seconds, 6) for phase, seconds in result.seconds.items()}
+        | {"step": round(step_seconds, 6)},
         "peak_memory_bytes": int(peak_memory),
     }
 

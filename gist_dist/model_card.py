@@ -98,9 +98,7 @@ def _introduction(run: Run) -> str:
 def _usage(run: Run) -> str:
     prompts = run.config["student"].get("prompts") or {}
     said = "".join(
-        f"\n\nIn training, every {role} began with `{_escape(text)}`."
-        for role, text in prompts.items()
-        if text
+        f"\n\nIn training, every {role} began with `{_escape(text)}`." for role, text in prompts.items() if text
     )
     return f"""\
 ## Usage
@@ -123,9 +121,7 @@ def _training(run: Run) -> str:
         "Student": _name(config["student"]["model"]),
         "Guide": _name(config["guide"]["model"]) if config.get("guide") else "none",
         "Temperature": loss.get("temperature"),
-        "Margin": f"{loss.get('margin')} ({loss.get('margin_kind', 'absolute')})"
-        if config.get("guide")
-        else None,
+        "Margin": f"{loss.get('margin')} ({loss.get('margin_kind', 'absolute')})" if config.get("guide") else None,
         "Global batch": f"{(config.get('batch') or {}).get('global_size')} rows",
         "Steps": f"{steps:,}" if steps >= planned else f"{steps:,} of {planned:,} (unfinished)",
         "Learning rate": f"{optim.get('learning_rate')}, {optim.get('schedule', 'linear')} schedule",
@@ -145,9 +141,7 @@ def _evaluation(run: Run) -> str:
     verdict = judge(run.tasks)
     columns = ["before", "after", "change", *["guide"] * any(row.guide is not None for row in run.tasks)]
     rows = [[_escape(row.task), row.type, row.metric, *_numbers(vars(row), columns)] for row in run.tasks]
-    rows += [
-        [f"**Mean of {verdict['overall']['num_tasks']}**", "", "", *_numbers(verdict["overall"], columns)]
-    ]
+    rows += [[f"**Mean of {verdict['overall']['num_tasks']}**", "", "", *_numbers(verdict["overall"], columns)]]
     local = (run.config.get("evaluate") or {}).get("local_tasks")
     note = " The tasks' data was read from a local folder." if local else ""
     table = _table(["task", "type", "main score", *columns], rows)
@@ -162,9 +156,7 @@ def _limitations(run: Run) -> str:
         lines.append("- It was not compared with the model that it was trained from.")
     for task in run.failures.get("trained", {}):
         lines.append(f"- The evaluation on {_escape(task)} failed, so nothing is known of it.")
-    lines.append(
-        "- The numbers are of one run with one seed; how much they vary from seed to seed was not measured."
-    )
+    lines.append("- The numbers are of one run with one seed; how much they vary from seed to seed was not measured.")
     lines.append("- Whether training texts also occur in the evaluation data was not checked.")
     return "## Limitations\n\n" + "\n".join(lines)
 
@@ -190,9 +182,7 @@ def _name(model_or_data: str) -> str:
 def _on_hub(path: str, run: Run | None = None) -> bool:
     """Whether it reads as a Hub id: OWNER/NAME or NAME, and no file or folder of this machine."""
     root = Path((run.config["data"].get("root") if run else None) or ".").expanduser()
-    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) and not path.endswith(
-        DATA_SUFFIXES
-    )
+    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) and not path.endswith(DATA_SUFFIXES)
     return bool(looks) and not (root / path).exists()
 
 

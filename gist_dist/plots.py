@@ -72,8 +72,7 @@ CURVES = (
         "masked_fraction",
         "Masked candidates, % of each block",
         "masking",
-        {"masked_fraction": "all"}
-        | {f"masked_fraction_{block}": f"{block[0]}–{block[1]}" for block in BLOCKS},
+        {"masked_fraction": "all"} | {f"masked_fraction_{block}": f"{block[0]}–{block[1]}" for block in BLOCKS},
         scale=100.0,
     ),
     Curves(
@@ -109,10 +108,7 @@ def write_plots(
 
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        drawn = [
-            (spec.name, spec.title, spec.section, _draw_curves(spec, metrics, max_grad_norm))
-            for spec in CURVES
-        ]
+        drawn = [(spec.name, spec.title, spec.section, _draw_curves(spec, metrics, max_grad_norm)) for spec in CURVES]
         drawn.append(("phases", "Share of the step, %", "speed", _draw_phases(seconds)))
         drawn.append(("tasks", "MTEB main score: before (open), after (filled)", "tasks", _draw_tasks(tasks)))
         plots = []
@@ -142,9 +138,7 @@ def _draw_curves(spec: Curves, metrics: list[dict[str, Any]], max_grad_norm: flo
         if smoothed is not values:
             axes.plot(steps, values, color=colors[label], linewidth=0.6, alpha=0.35)
         marker = "o" if len(steps) < 3 else None
-        axes.plot(
-            steps, smoothed, color=colors[label], linewidth=1.4, label=label, marker=marker, markersize=3
-        )
+        axes.plot(steps, smoothed, color=colors[label], linewidth=1.4, label=label, marker=marker, markersize=3)
     if spec.from_zero and min(min(values) for _, values in drawn.values()) >= 0:
         axes.set_ylim(bottom=0)
     if spec.name == "grad_norm" and max_grad_norm:
@@ -154,9 +148,7 @@ def _draw_curves(spec: Curves, metrics: list[dict[str, Any]], max_grad_norm: flo
     axes.yaxis.get_offset_text().set_color(COLORS["--muted"])
     axes.set_xlabel("step")
     if len(drawn) > 1:
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), handlelength=1.2, borderaxespad=0
-        )
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), handlelength=1.2, borderaxespad=0)
     return figure
 
 
@@ -213,9 +205,7 @@ def _points(metrics: list[dict[str, Any]], key: str, scale: float) -> tuple[list
     known = [(step, scale * v) for step, v in known if isinstance(v, int | float) and math.isfinite(v)]
     size = math.ceil(len(known) / MAX_POINTS) or 1
     bins = [known[i : i + size] for i in range(0, len(known), size)]
-    return [fmean(step for step, _ in part) for part in bins], [
-        fmean(value for _, value in part) for part in bins
-    ]
+    return [fmean(step for step, _ in part) for part in bins], [fmean(value for _, value in part) for part in bins]
 
 
 def _running_mean(values: list[float]) -> list[float]:

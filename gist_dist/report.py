@@ -70,6 +70,8 @@ class Summary:
     overall: dict[str, Any]
     details: list[str]
     warnings: list[str]
+    num_failed: int
+    """Evaluations that failed; the run is not complete, and the same command tries them again."""
     model: Path | None
     report: Path
 
@@ -117,6 +119,7 @@ def build_report(run_dir: Path) -> Summary:
         overall=contents["verdict"]["overall"],
         details=[detail["text"] for detail in contents["verdict"]["details"]],
         warnings=[warning["text"] for warning in contents["warnings"]],
+        num_failed=sum(len(tasks) for tasks in run.failures.values()),
         model=run.folder / "model" if run.has_model else None,
         report=run.folder / "report.html",
     )
@@ -209,12 +212,9 @@ def _task_rows(scores: dict[str, dict[str, Score]]) -> list[TaskRow]:
         found = {label: results[task] for label, results in scores.items() if task in results}
         any_score = next(iter(found.values()))
         before, after, guide = (
-            _points(found[label].main_score) if label in found else None
-            for label in ("baseline", "trained", "guide")
+            _points(found[label].main_score) if label in found else None for label in ("baseline", "trained", "guide")
         )
-        rows.append(
-            TaskRow(task, any_score.kind, any_score.metric, before, after, guide, _change(before, after))
-        )
+        rows.append(TaskRow(task, any_score.kind, any_score.metric, before, after, guide, _change(before, after)))
     return sorted(rows, key=lambda row: (row.type, row.task))
 
 
@@ -261,9 +261,7 @@ def judge(
 
 
 def _mean_row(rows: list[TaskRow]) -> dict[str, Any]:
-    before, after, guide = (
-        _mean([getattr(row, side) for row in rows]) for side in ("before", "after", "guide")
-    )
+    before, after, guide = (_mean([getattr(row, side) for row in rows]) for side in ("before", "after", "guide"))
     changes = [row.change for row in rows if row.change is not None]
     return {
         "num_tasks": len(rows),
@@ -293,22 +291,16 @@ def _is_retrieval(row: TaskRow) -> bool:
     return "retrieval" in row.type.lower()
 
 
-def _headline(
-    rows: list[TaskRow], counted: list[TaskRow], overall: dict[str, Any], wanted: tuple[str, ...]
-) -> str:
+def _headline(rows: list[TaskRow], counted: list[TaskRow], overall: dict[str, Any], wanted: tuple[str, ...]) -> str:
     if not counted:
         return (
-            f"None of {_plural(len(wanted), 'MTEB task')} has a score yet."
-            if wanted
-            else "No MTEB task was evaluated."
+            f"None of {_plural(len(wanted), 'MTEB task')} has a score yet." if wanted else "No MTEB task was evaluated."
         )
     before, after, change = overall["before"], overall["after"], overall["change"]
     tasks = _plural(len(counted), "task")
     if change is None:
         if after is None:
-            return (
-                f"The mean over {tasks} is {before:.2f} before training; the trained model has no scores yet."
-            )
+            return f"The mean over {tasks} is {before:.2f} before training; the trained model has no scores yet."
         unknown = "the untrained student was not evaluated, so no change can be told"
         return f"The mean over {tasks} is {after:.2f}; {unknown}."
     if change == 0:
@@ -349,8 +341,7 @@ def _details(verdict: dict[str, Any], compared: bool) -> Iterable[tuple[str, str
 
 def _name_losses(losses: list[dict[str, Any]], limit: int = 8) -> str:
     named = ", ".join(
-        f"{row['task']} {row['before']:.2f} → {row['after']:.2f} ({_signed(row['change'])})"
-        for row in losses[:limit]
+        f"{row['task']} {row['before']:.2f} → {row['after']:.2f} ({_signed(row['change'])})" for row in losses[:limit]
     )
     return named if len(losses) <= limit else f"{named} and {len(losses) - limit} more, below"
 
@@ -613,8 +604,7 @@ def _render(run: Run, contents: dict[str, Any], plots: list[Plot]) -> str:
     }
     charts = {plot.name: (plot.title, Markup(plot.svg)) for plot in plots}
     groups = {
-        group: [charts[p.name] for p in plots if p.section == group]
-        for group in ("training", "masking", "speed")
+        group: [charts[p.name] for p in plots if p.section == group] for group in ("training", "masking", "speed")
     }
     return environment.get_template("report.html.j2").render(
         **contents,

@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -134,7 +133,11 @@ class RunFolder:
 
 def describe_environment() -> dict[str, Any]:
     """Versions, platform and the git commit of the installed code (null outside a checkout)."""
-    versions: dict[str, Any] = {"gist_dist": __version__, "git_commit": _git_commit(), "python": platform.python_version()}
+    versions: dict[str, Any] = {
+        "gist_dist": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+    }
     for package in PACKAGES:
         try:
             versions[package.replace("-", "_")] = metadata.version(package)

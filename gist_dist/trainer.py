@@ -5,6 +5,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from gist_dist.checkpoint import latest_intact, load_checkpoint, save_checkpoint
 from gist_dist.collectives import World, all_reduce_max, barrier, broadcast_object
@@ -19,6 +20,7 @@ from gist_dist.optim import build_optimizer, learning_rate, set_learning_rate
 from gist_dist.step import Trainee, train_step
 
 logger = logging.getLogger(__name__)
+
 
 def train(config: RunConfig, corpus: Corpus, student: Student, guide: Guide | None, world: World) -> None:
     """Train to the last step, from the newest intact checkpoint if there is one, and write run_dir/model.
@@ -51,14 +53,16 @@ def train(config: RunConfig, corpus: Corpus, student: Student, guide: Guide | No
             result = train_step(trainee, batch)
             result.seconds["plan"] = waited
             seconds = time.perf_counter() - started
-            peak = all_reduce_max(peak_memory_bytes(student.device), student.device, world)
+            peak = all_reduce_max(float(peak_memory_bytes(student.device)), student.device, world)
             line = metrics_line(batch, result, corpus, rate, world.size, seconds, sampler.steps_per_epoch, peak)
             if metrics:
                 metrics.write(line)
                 progress.show(line)
             if writer:
                 _write_scalars(writer, line)
-            if step == sampler.num_steps or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0):
+            if step == sampler.num_steps or (
+                config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
+            ):
                 _checkpoint(trainee, step)
     if metrics:
         metrics.close()
@@ -125,7 +129,7 @@ class _Progress:
         self.num_steps, self.first, self.started = num_steps, done, time.monotonic()
         self.shown = 0.0
 
-    def show(self, line: dict[str, float]) -> None:
+    def show(self, line: dict[str, Any]) -> None:
         now, step = time.monotonic(), line["step"]
         if now - self.shown < 5 and step not in (self.first + 1, self.num_steps):
             return
@@ -133,7 +137,12 @@ class _Progress:
         remaining = (now - self.started) / (step - self.first) * (self.num_steps - step)
         logger.info(
             "step %d/%d  loss %.4f  %.0f pairs/s  masked %.1f %%  %s left",
-            step, self.num_steps, line["loss"], line["pairs_per_second"], 100 * line["masked_fraction"], _clock(remaining),
+            step,
+            self.num_steps,
+            line["loss"],
+            line["pairs_per_second"],
+            100 * line["masked_fraction"],
+            _clock(remaining),
         )
 
 
@@ -143,7 +152,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _tensorboard(config: RunConfig):  # noqa: ANN202 - its type is only there with the extra
+def _tensorboard(config: RunConfig):
     if not config.tracking.tensorboard:
         return None
     from torch.utils.tensorboard import SummaryWriter
@@ -151,7 +160,7 @@ def _tensorboard(config: RunConfig):  # noqa: ANN202 - its type is only there wi
     return SummaryWriter(str(config.run_dir / "tensorboard"))
 
 
-def _write_scalars(writer, line: dict[str, object]) -> None:  # noqa: ANN001
+def _write_scalars(writer, line: dict[str, Any]) -> None:
     for name, value in line.items():
         if isinstance(value, int | float) and name != "step":
             writer.add_scalar(name, value, line["step"])

@@ -50,7 +50,7 @@ def recipe(output_dir: Path, rows: Path, minilm: Path, minilm_l2: Path, num_work
         "batch": {"global_size": 48, "chunk_tokens": 256},
         "optim": {"steps": STEPS, "learning_rate": 1e-4},
         "checkpoint": {"every_steps": 2},
-        "cluster": {"num_workers": num_workers, "cpus_per_worker": 0.5},
+        "cluster": {"num_workers": num_workers},
     }
     return parse_config(tree | changes)
 
@@ -88,13 +88,21 @@ def test_models_do_not_depend_on_world_size(runs, minilm_l2):
 
 def test_run_leaves_what_the_design_lists(runs):
     folder = runs[2].run_dir
-    for name in ("config.yaml", "metrics.jsonl", "checkpoints", "model/README.md", "report.html", "report.json", "plots"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "model/README.md",
+        "report.html",
+        "report.json",
+        "plots",
+    ):
         assert (folder / name).exists(), name
     assert SentenceTransformer(str(folder / "model"), device="cpu").encode(["text"]).shape == (1, 384)
     line = read_metrics(folder / "metrics.jsonl")[0]
     for key in (
-        "step loss grad_norm learning_rate world_size pairs_per_second tokens_per_second padding_fraction masked_fraction "
-        "masked_fraction_ap masked_fraction_aa masked_fraction_pp masked_fraction_an rows_without_negatives seconds "
+        "step loss grad_norm learning_rate world_size pairs_per_second tokens_per_second padding_fraction "
+        "masked_fraction masked_fraction_ap masked_fraction_aa masked_fraction_pp masked_fraction_an rows_without_negatives seconds "
         "peak_memory_bytes"
     ).split():
         assert key in line, key
@@ -143,7 +151,10 @@ def test_user_error_in_a_worker_is_one_sentence_and_is_not_retried(ray_session, 
 
 
 def test_more_workers_than_the_cluster_has_are_refused():
-    with pytest.raises(UserError, match=r"num_workers = 5 with cpus_per_worker = 1 needs 5 CPUs; the cluster has 2"):
+    with pytest.raises(UserError, match=r"num_workers = 3 with cpus_per_worker = 1 needs 3 CPUs; the cluster has 2"):
+        check_resources(ClusterConfig(num_workers=3, cpus_per_worker=1), {"CPU": 2.0})
+    check_resources(ClusterConfig(num_workers=4), {"CPU": 2.0})  # half a core each
+    with pytest.raises(UserError, match=r"num_workers = 5 with cpus_per_worker = 0.5 needs 2.5 CPUs"):
         check_resources(ClusterConfig(num_workers=5), {"CPU": 2.0})
     with pytest.raises(UserError, match="needs 2 GPUs; the cluster has 0"):
         check_resources(ClusterConfig(num_workers=2, gpus_per_worker=1), {"CPU": 8.0})

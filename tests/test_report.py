@@ -33,9 +33,7 @@ def write_result(folder, task, score, kind="STS", metric="cosine_spearman"):
         "dataset_revision": "a0d554a64d88156834ff5ae9920b964011b16384",
         "task_name": task,
         "mteb_version": "2.26.24",
-        "scores": {
-            "test": [{metric: score, "main_score": score, "hf_subset": "default", "languages": ["eng-Latn"]}]
-        },
+        "scores": {"test": [{metric: score, "main_score": score, "hf_subset": "default", "languages": ["eng-Latn"]}]},
         "evaluation_time": 12.5,
         "kg_co2_emissions": None,
     }
@@ -138,9 +136,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.addresses += [
-            value for key, value in attributes if key in ("src", "href", "xlink:href", "data", "srcset")
-        ]
+        self.addresses += [value for key, value in attributes if key in ("src", "href", "xlink:href", "data", "srcset")]
 
     def handle_data(self, data):
         self.text += data
@@ -185,9 +181,7 @@ def test_complete_run_leaves_page_numbers_and_plots(complete):
     assert report["warnings"] == []
     plots = {p.stem: p.read_bytes() for p in (run / "plots").iterdir()}
     assert all(content.startswith(b"\x89PNG") for content in plots.values())
-    assert {"loss", "grad_norm", "learning_rate", "masked_fraction", "phases", "tasks", "peak_memory"} <= set(
-        plots
-    )
+    assert {"loss", "grad_norm", "learning_rate", "masked_fraction", "phases", "tasks", "peak_memory"} <= set(plots)
     text = Page(run).text
     for shown in (
         "41.70",
@@ -313,9 +307,7 @@ def test_folder_that_is_no_run_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "file", ["config.yaml", "data.json", "mteb/failures.json", "mteb/trained/STS12.json"]
-)
+@pytest.mark.parametrize("file", ["config.yaml", "data.json", "mteb/failures.json", "mteb/trained/STS12.json"])
 def test_damaged_file_is_named(tmp_path, file):
     run = make_run(tmp_path / "run", steps=2)
     (run / file).write_text("[1, 2")
@@ -343,17 +335,13 @@ def test_hostile_text_stays_text(tmp_path):
         "first_dropped": [HOSTILE],
     }
     (run / "data.json").write_text(json.dumps(data))
-    (run / "mteb" / "failures.json").write_text(
-        json.dumps({"trained": {HOSTILE: f"{HOSTILE} $x_1$ {{{{ 7*7 }}}}"}})
-    )
+    (run / "mteb" / "failures.json").write_text(json.dumps({"trained": {HOSTILE: f"{HOSTILE} $x_1$ {{{{ 7*7 }}}}"}}))
     write_result(run / "mteb" / "trained", "own", 0.5, kind=HOSTILE, metric=HOSTILE)
     for label in ("baseline", "trained"):
         write_result(run / "mteb" / label, "own", 0.5 + 0.1 * (label == "trained"), kind=HOSTILE)
     result = json.loads((run / "mteb/trained/own.json").read_text())
     for label in ("baseline", "trained"):
-        (run / "mteb" / label / "own.json").write_text(
-            json.dumps(result | {"task_name": f"$\\frac$ {HOSTILE}"})
-        )
+        (run / "mteb" / label / "own.json").write_text(json.dumps(result | {"task_name": f"$\\frac$ {HOSTILE}"}))
     build_report(run)
     page = Page(run)
     assert "script" not in page.tags
@@ -390,9 +378,7 @@ def test_secrets_of_the_recipe_are_not_shown(tmp_path):
 )
 def test_warning(tmp_path, code, changes, config):
     run = make_run(tmp_path / "run", steps=45, labels=(), config=config)
-    (run / "metrics.jsonl").write_text(
-        "".join(metrics_line(step, 45, **changes) + "\n" for step in range(1, 46))
-    )
+    (run / "metrics.jsonl").write_text("".join(metrics_line(step, 45, **changes) + "\n" for step in range(1, 46)))
     assert codes(run) == {code}
 
 
@@ -445,9 +431,7 @@ def test_model_card_is_read_back_by_the_hub_library(complete):
 
     run, _ = complete
     card = ModelCard.load(run / "model" / "README.md")
-    assert (
-        card.data.library_name == "sentence-transformers" and card.data.pipeline_tag == "sentence-similarity"
-    )
+    assert card.data.library_name == "sentence-transformers" and card.data.pipeline_tag == "sentence-similarity"
     assert card.data.base_model == "prajjwal1/bert-mini"
     assert card.data.datasets == ["sentence-transformers/quora-duplicates"]
     results = {result.dataset_name: result for result in card.data.eval_results}

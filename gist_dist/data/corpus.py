@@ -1,18 +1,17 @@
 """Prepared rows on disk: every distinct text once, with the token ids of both models, memory-mapped.
 
-    <corpora>/<key>/texts.arrow    text, identity, student_ids, guide_ids
-                    rows.arrow     anchor, positive, negatives (text numbers), source, number
-                    manifest.json  what it was made from and what became of every row
+<corpora>/<key>/texts.arrow    text, identity, student_ids, guide_ids
+                rows.arrow     anchor, positive, negatives (text numbers), source, number
+                manifest.json  what it was made from and what became of every row
 """
 
 import hashlib
 import json
 import logging
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 TEXTS_PER_BATCH = 2**14
-Tokens = Sequence[np.ndarray]
+Tokens = tuple[np.ndarray, np.ndarray]
+"""Token ids of all texts, joined, and the number of tokens of each."""
 
 TEXT_SCHEMA = pa.schema(
     {
@@ -58,9 +58,12 @@ class Corpus:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = json.loads((folder / "manifest.json").read_text())
-        texts, rows = _map_batches(folder / "texts.arrow"), _map_batches(folder / "rows.arrow")
-        self._texts = texts
+        try:
+            self.manifest = json.loads((folder / "manifest.json").read_text())
+            texts, rows = _map_batches(folder / "texts.arrow"), _map_batches(folder / "rows.arrow")
+        except (OSError, ValueError) as error:  # Arrow's and JSON's are ValueErrors
+            raise UserError(f"{folder} is damaged ({error}); remove it, and it is prepared again") from error
+        self._texts, self._texts_per_batch = texts, texts[0].num_rows
         self.identity = _column(texts, "identity")
         self.student_lengths = _lengths(texts, "student_ids")
         self.guide_lengths = _lengths(texts, "guide_ids")
@@ -93,7 +96,7 @@ class Corpus:
         return self._negatives[np.repeat(starts, counts) + within]
 
     def text(self, text: int) -> str:
-        batch, row = divmod(int(text), TEXTS_PER_BATCH)
+        batch, row = divmod(text, self._texts_per_batch)
         return self._texts[batch].column("text")[row].as_py()
 
     def student_tokens(self, texts: np.ndarray) -> list[np.ndarray]:
@@ -103,7 +106,7 @@ class Corpus:
         return [self._tokens("guide_ids", text) for text in texts.tolist()]
 
     def _tokens(self, column: str, text: int) -> np.ndarray:
-        batch, row = divmod(text, TEXTS_PER_BATCH)
+        batch, row = divmod(text, self._texts_per_batch)
         offsets, values = self._ragged[column][batch]
         return values[offsets[row] : offsets[row + 1]]
 
@@ -166,9 +169,7 @@ def _report(source: dict[str, Any]) -> SourceReport:
     return SourceReport(**{name: source[name] for name in SourceReport.__dataclass_fields__})
 
 
-def _inputs(
-    config: RunConfig, sources: list[Source], student: "Encoder", guide: "Encoder | None"
-) -> dict[str, Any]:
+def _inputs(config: RunConfig, sources: list[Source], student: "Encoder", guide: "Encoder | None") -> dict[str, Any]:
     """All that the prepared corpus depends on; its hash names the folder."""
     return {
         "format": FORMAT,
@@ -192,22 +193,26 @@ def _build(
     progress: Callable[[str], None],
 ) -> None:
     """Written aside and renamed when complete: a killed run leaves nothing that looks prepared."""
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
+            aside.mkdir(parents=True)
             manifest = _write(aside, config, sources, student, guide, progress)
             manifest["inputs"] = inputs
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            try:
-                os.rename(aside, folder)
-            except OSError:
-                if not (folder / "manifest.json").exists():  # else another run was first, with the same content
-                    raise
+            _rename(aside, folder)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{folder.parent}: the prepared corpus can't be written there: {error}") from error
+
+
+def _rename(aside: Path, folder: Path) -> None:
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not (folder / "manifest.json").exists():  # else another run was first, with the same content
+            raise
 
 
 def _write(
@@ -218,7 +223,10 @@ def _write(
     guide: "Encoder | None",
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    interner, content, num_rows = _Interner(), hashlib.sha256(), 0
+    interner, num_rows = _Interner(), 0
+    tokenizers = [encoder.fingerprint() for encoder in (student, guide) if encoder]
+    same_tokenizer = tokenizers.count(tokenizers[0]) == 2
+    content = hashlib.sha256(" ".join(tokenizers).encode())
     with (
         pa.OSFile(str(folder / "texts.arrow"), "wb") as text_sink,
         pa.OSFile(str(folder / "rows.arrow"), "wb") as row_sink,
@@ -233,23 +241,29 @@ def _write(
                 batch = pa.record_batch(rows, schema=ROW_SCHEMA)
                 row_file.write_batch(batch)
                 num_rows += batch.num_rows
-                content.update(rows["anchor"].tobytes() + rows["positive"].tobytes())
+                _update(content, batch)
                 while len(interner.pending) >= TEXTS_PER_BATCH:
-                    text_file.write_batch(_tokenized(interner, student, guide))
+                    text_file.write_batch(_tokenized(interner, student, guide, same_tokenizer))
                     progress(f"{source.report.name}: {source.report.rows_read:,} rows read")
             _refuse_unusable(source, config)
             seconds = time.monotonic() - started
             progress(f"{source.report.name}: {source.report.rows_used:,} rows in {seconds:.1f} s")
         while interner.pending:
-            text_file.write_batch(_tokenized(interner, student, guide))
+            text_file.write_batch(_tokenized(interner, student, guide, same_tokenizer))
     for key in interner.numbers:
         content.update(key)
     return {
-        "content": content.hexdigest(),
+        "content": content.hexdigest(),  # what batches are a function of: not where the files lie
         "num_rows": num_rows,
         "num_texts": len(interner.numbers),
         "sources": [asdict(source.report) for source in sources],
     }
+
+
+def _update(content: Any, rows: pa.RecordBatch) -> None:
+    negatives = rows.column("negatives")
+    for numbers in (*rows.columns[:2], negatives.offsets, negatives.values, rows.column("source")):
+        content.update(numbers.to_numpy())
 
 
 def _refuse_unusable(source: Source, config: RunConfig) -> None:
@@ -269,9 +283,7 @@ def _prompts(config: RunConfig, source: Source) -> dict[str, tuple[str, str]]:
     return {role: (getattr(student, role), getattr(guide, role)) for role in ROLES}
 
 
-def _numbered(
-    source: Source, prompts: dict[str, tuple[str, str]], interner: _Interner
-) -> Iterator[dict[str, Any]]:
+def _numbered(source: Source, prompts: dict[str, tuple[str, str]], interner: _Interner) -> Iterator[dict[str, Any]]:
     """The source's rows in batches, texts replaced by their numbers."""
     rows = source.rows()
     while True:
@@ -293,42 +305,51 @@ def _numbered(
         }
 
 
-def _tokenized(interner: _Interner, student: "Encoder", guide: "Encoder | None") -> pa.RecordBatch:
+def _tokenized(
+    interner: _Interner, student: "Encoder", guide: "Encoder | None", same_tokenizer: bool
+) -> pa.RecordBatch:
     """The next TEXTS_PER_BATCH new texts (fewer at the very end), with their token ids."""
     texts, interner.pending = interner.pending[:TEXTS_PER_BATCH], interner.pending[TEXTS_PER_BATCH:]
-    raw = [text for _, _, text in texts]
-    student_ids = _token_lists(student, [prompt + text for prompt, _, text in texts])
-    guide_ids = _token_lists(guide, [prompt + text for _, prompt, text in texts]) if guide else [[]] * len(raw)
-    identity = [int.from_bytes(_digest(ids), "little", signed=True) for ids in student_ids]
+    for_student = [prompt + text for prompt, _, text in texts]
+    for_guide = [prompt + text for _, prompt, text in texts]
+    student_ids = _tokens(student, for_student, "student")
+    if guide is None:
+        guide_ids = np.empty(0, np.int32), np.zeros(len(texts), np.int32)
+    elif same_tokenizer and for_guide == for_student:
+        guide_ids = student_ids
+    else:
+        guide_ids = _tokens(guide, for_guide, "guide")
     columns = {
-        "text": pa.array(raw, pa.large_string()),
-        "identity": pa.array(identity, pa.int64()),
+        "text": pa.array([text for _, _, text in texts], pa.large_string()),
+        "identity": _identities(student_ids),
         "student_ids": _large_list(student_ids),
         "guide_ids": _large_list(guide_ids),
     }
     return pa.record_batch(columns, schema=TEXT_SCHEMA)
 
 
-def _digest(ids: np.ndarray) -> bytes:
-    return hashlib.blake2b(ids.tobytes(), digest_size=8).digest()
+def _tokens(encoder: "Encoder", texts: list[str], section: str) -> Tokens:
+    ids, lengths = encoder.tokenize(texts)
+    if not lengths.all():
+        text = texts[int(np.argmin(lengths))]
+        raise UserError(
+            f"{section}.model: its tokenizer makes no token of {text[:100]!r}; remove the rows with that text"
+        )
+    return ids, lengths
 
 
-def _token_lists(encoder: "Encoder", texts: list[str]) -> list[np.ndarray]:
-    """Tokenized in order of length, so that little is padded, and put back in place."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    lists: list[np.ndarray] = [np.empty(0, np.int32)] * len(texts)
-    for start in range(0, len(order), 512):
-        part = order[start : start + 512]
-        ids, lengths = encoder.tokenize([texts[i] for i in part])
-        for i, tokens in zip(part, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
-            lists[i] = tokens
-    return lists
+def _identities(tokens: Tokens) -> pa.Array:
+    """Equal for equal token ids."""
+    ids, lengths = tokens
+    data, ends = ids.tobytes(), (np.cumsum(lengths, dtype=np.int64) * ids.itemsize).tolist()
+    digests = (hashlib.blake2b(data[i:j], digest_size=8).digest() for i, j in zip([0, *ends], ends, strict=False))
+    return pa.array(np.frombuffer(b"".join(digests), dtype="<i8"))
 
 
-def _large_list(lists: Sequence[Any]) -> pa.LargeListArray:
-    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    values = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in lists])
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
+def _large_list(tokens: Tokens) -> pa.LargeListArray:
+    ids, lengths = tokens
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(ids))
 
 
 def _map_batches(path: Path) -> list[pa.RecordBatch]:

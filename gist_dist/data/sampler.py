@@ -1,12 +1,14 @@
 """(manifest, seed, step) -> the rows of a global batch. Knows nothing of workers.
 
-An epoch takes every row once (a source's weight aside) and cuts it into full batches, but for one that holds the rest.
-Within a batch no text occurs twice where that can be avoided: rows whose texts are common are spread first, each to a
-batch without them, and the others fill the places that are left.
+An epoch takes every row once (a source's weight aside) and cuts it into full batches; what is left at the end is a
+smaller batch. If that would be less than a sixteenth of a batch, too few to contrast with, its rows enlarge another.
+
+Rows are drawn at random. Then texts that came twice into a batch are parted: such a row changes places with a row of
+another batch, so that the texts of a batch are distinct wherever that can be had.
 """
 
-import logging
-import math
+import random
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,8 +16,12 @@ import numpy as np
 
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
+from gist_dist.errors import UserError
 
-logger = logging.getLogger(__name__)
+SMALLEST_BATCH = 1 / 16
+"""Share of global_size below which the rest of an epoch is no batch of its own."""
+TRIES = 16
+"""Rows of a batch that are asked, at random, to change places."""
 
 
 @dataclass(frozen=True)
@@ -25,24 +31,38 @@ class Epoch:
     batches: list[np.ndarray]
     """Row numbers of every batch, in training order."""
     rows_moved: int
-    """Rows that left the batch they were first drawn for, because a text of theirs was there already."""
+    """Rows that left the batch they were drawn for, so that no text is twice in a batch."""
     duplicates_admitted: int
-    """Rows that share a text with another row of their batch because no batch without it had room."""
+    """How often a text is in a batch once more, in another row, because no batch without it could take the row."""
 
 
 class Sampler:
-    """Global batches by step, the same on every worker and on any number of workers."""
+    """Global batches by step, the same on every worker and on any number of workers.
+
+    UserError if an epoch, with the weights of the sources, is less than a batch.
+    """
 
     def __init__(self, corpus: Corpus, config: RunConfig) -> None:
         self.corpus, self.config = corpus, config
         self.global_size = config.batch.global_size
-        self.weights = [source.weight for source in config.data.sources]
-        self.num_steps = self._num_steps()
+        weights = [source.weight for source in config.data.sources]
+        self._rows_of = [np.flatnonzero(corpus.source == source) for source in range(len(weights))]
+        self.rows_per_source = [
+            max(1, round(len(rows) * weight)) for rows, weight in zip(self._rows_of, weights, strict=True)
+        ]
+        if self.rows_per_epoch < self.global_size:
+            raise UserError(
+                f"batch.global_size = {self.global_size}: an epoch has only {self.rows_per_epoch} rows, with the "
+                "weights of data.sources; lower it, raise the weights or add data"
+            )
+        self.steps_per_epoch = _num_batches(self.rows_per_epoch, self.global_size)
+        epochs = config.optim.epochs or 1
+        self.num_steps = config.optim.steps or max(1, round(epochs * self.steps_per_epoch))
         self._cached: tuple[int, Epoch] | None = None
 
     @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(sum(self._rows_per_epoch()) / self.global_size)
+    def rows_per_epoch(self) -> int:
+        return sum(self.rows_per_source)
 
     def rows(self, step: int) -> np.ndarray:
         """Row numbers of the global batch of step 1, 2, …"""
@@ -54,113 +74,170 @@ class Sampler:
             self._cached = (number, self._draw(number))
         return self._cached[1]
 
-    def _num_steps(self) -> int:
-        optim = self.config.optim
-        if optim.steps is not None:
-            return optim.steps
-        return max(1, round((optim.epochs or 1) * self.steps_per_epoch))
-
-    def _rows_per_epoch(self) -> list[int]:
-        counts = np.bincount(self.corpus.source, minlength=len(self.weights))
-        return [max(1, round(count * weight)) for count, weight in zip(counts.tolist(), self.weights, strict=True)]
-
     def _draw(self, number: int) -> Epoch:
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.config.seed, 1, number])))
-        per_source = [self._draw_source(source, rng) for source in range(len(self.weights))]
+        size, drawn = self.global_size, [self._draw_source(source, rng) for source in range(len(self._rows_of))]
+        full, rest, rows_moved = [], [], 0
         if self.config.data.mixing == "mixed":
-            pools, rest = [], np.concatenate(per_source)
+            rest = drawn
         else:
-            full = [len(rows) // self.global_size * self.global_size for rows in per_source]
-            pools = [rows[:n] for rows, n in zip(per_source, full, strict=True) if n]
-            rest = np.concatenate([rows[n:] for rows, n in zip(per_source, full, strict=True)])
-        drawn = [spread(self.corpus, pool, self.global_size, rng) for pool in (*pools, rng.permutation(rest)) if len(pool)]
-        batches = [batch for epoch in drawn for batch in epoch.batches]
-        order = rng.permutation(len(batches))
-        return Epoch(
-            [batches[i] for i in order],
-            sum(epoch.rows_moved for epoch in drawn),
-            sum(epoch.duplicates_admitted for epoch in drawn),
-        )
+            for rows in drawn:
+                parts, moved = spread(self.corpus, rows, np.arange(0, len(rows), size), rng)
+                full += [part for part in parts if len(part.rows) == size]
+                rest += [part.rows for part in parts if len(part.rows) < size]
+                rows_moved += moved
+            if 0 < sum(map(len, rest)) < SMALLEST_BATCH * size:
+                rest.append(full.pop().rows)
+        if rest:
+            rows = rng.permutation(np.concatenate(rest))
+            parts, moved = spread(self.corpus, rows, np.arange(_num_batches(len(rows), size)) * size, rng)
+            full += parts
+            rows_moved += moved
+        order = rng.permutation(len(full))
+        return Epoch([full[i].rows for i in order], rows_moved, sum(part.num_duplicates for part in full))
 
     def _draw_source(self, source: int, rng: np.random.Generator) -> np.ndarray:
         """Its rows in random order: all of them as often as the weight says, plus a random part for the fraction."""
-        rows = np.flatnonzero(self.corpus.source == source)
-        times, part = divmod(self._rows_per_epoch()[source], len(rows))
+        rows = self._rows_of[source]
+        times, part = divmod(self.rows_per_source[source], len(rows))
         return np.concatenate([rng.permutation(rows) for _ in range(times)] + [rng.permutation(rows)[:part]])
 
 
-def spread(corpus: Corpus, rows: np.ndarray, size: int, rng: np.random.Generator) -> Epoch:
-    """Cut shuffled rows into batches of ``size`` (the last may be smaller) with no text twice in a batch if possible."""
-    num_batches = math.ceil(len(rows) / size)
-    room = np.full(num_batches, size)
-    room[-1] = len(rows) - size * (num_batches - 1)
-    drawn = np.repeat(np.arange(num_batches), room)
-    owner, texts = _texts_of(corpus, rows)
-    common = np.zeros(len(rows), dtype=bool)
-    _, inverse, count = np.unique(texts, return_inverse=True, return_counts=True)
-    common[owner[count[inverse] > 1]] = True
-
-    assigned = np.full(len(rows), -1)
-    placed = _place_common(np.flatnonzero(common), drawn, room, owner, inverse, count)
-    assigned[list(placed.assigned)] = list(placed.assigned.values())
-    # The rows without common texts stay where they were drawn as long as there is room, and fill the rest otherwise.
-    free = np.flatnonzero(~common)
-    left = room - np.bincount(assigned[common], minlength=num_batches)
-    rank = np.arange(len(free)) - np.searchsorted(drawn[free], drawn[free])
-    stays = rank < left[drawn[free]]
-    assigned[free[stays]] = drawn[free[stays]]
-    left -= np.bincount(drawn[free[stays]], minlength=num_batches)
-    assigned[free[~stays]] = np.repeat(np.arange(num_batches), left)
-
-    by_batch = np.argsort(assigned, kind="stable")
-    batches = np.split(rows[by_batch], np.cumsum(room)[:-1])
-    return Epoch(batches, int((assigned[common] != drawn[common]).sum()), placed.duplicates_admitted)
+def _num_batches(num_rows: int, size: int) -> int:
+    full, rest = divmod(num_rows, size)
+    return max(1, full + (rest >= SMALLEST_BATCH * size and rest > 0))
 
 
 @dataclass(frozen=True)
-class _Placement:
-    assigned: dict[int, int]
-    duplicates_admitted: int
+class Part:
+    rows: np.ndarray
+    num_duplicates: int
+    """How often a text is in it once more, in another row."""
 
 
-def _place_common(
-    common: np.ndarray, drawn: np.ndarray, room: np.ndarray, owner: np.ndarray, text: np.ndarray, count: np.ndarray
-) -> _Placement:
-    """Each row with a common text goes to the first batch, from the drawn one on, that has room and none of them.
+def spread(corpus: Corpus, rows: np.ndarray, starts: np.ndarray, rng: np.random.Generator) -> tuple[list[Part], int]:
+    """Cut shuffled rows at ``starts`` into parts with no text twice, as far as that can be had by moving rows.
 
-    Rows of the most common texts choose first. A text in more rows than there are batches has to repeat.
+    Also returns how many rows were moved to another part.
     """
-    num_batches = len(room)
-    order = np.argsort(owner, kind="stable")
-    starts = np.searchsorted(owner[order], np.arange(len(drawn) + 1))
-    left = room.tolist()
-    members: list[set[int]] = [set() for _ in range(num_batches)]
-    batches_with = np.zeros(len(count), dtype=np.int64)
-    texts_of = {int(row): text[order[starts[row] : starts[row + 1]]] for row in common}
-    most = {row: int(count[texts].max()) for row, texts in texts_of.items()}
-    assigned: dict[int, int] = {}
-    admitted = 0
-    for row in sorted(texts_of, key=lambda row: (-most[row], row)):
-        mine = set(texts_of[row].tolist())
-        first = int(drawn[row])
-        hopeless = any(batches_with[t] >= num_batches for t in mine)
-        with_room = (b for b in chain(range(first, num_batches), range(first)) if left[b])
-        choice = None if hopeless else next((b for b in with_room if mine.isdisjoint(members[b])), None)
-        if choice is None:
-            admitted += 1
-            choice = next(b for b in chain(range(first, num_batches), range(first)) if left[b])
-        for t in mine - members[choice]:
-            batches_with[t] += 1
-        members[choice] |= mine
-        left[choice] -= 1
-        assigned[row] = choice
-    return _Placement(assigned, admitted)
+    part_at = np.searchsorted(starts, np.arange(len(rows)), side="right") - 1
+    seating = _Seating(part_at, *_common_texts(corpus, rows))
+    seating.part_duplicates(random.Random(int(rng.integers(2**62))))
+    row_at = np.array(seating.row_at)
+    parts = zip(np.split(rows[row_at], starts[1:]), seating.num_duplicates(), strict=True)
+    return [Part(*part) for part in parts], int((part_at[row_at] != part_at).sum())
 
 
-def _texts_of(corpus: Corpus, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(position in rows, identity) of every distinct text of every row; a text twice in one row counts once."""
-    negatives = corpus.negatives_of(rows)
-    owner = np.concatenate([np.arange(len(rows)), np.arange(len(rows)), np.repeat(np.arange(len(rows)), corpus.num_negatives[rows])])
-    identity = corpus.identity[np.concatenate([corpus.anchors[rows], corpus.positives[rows], negatives])]
-    pairs = np.unique(np.stack([owner, identity], axis=1), axis=0)
-    return pairs[:, 0], pairs[:, 1]
+def _common_texts(corpus: Corpus, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(position in rows, text) for every text that is in more than one row, each once a row, by position.
+
+    Texts with the same student token ids are the same text here.
+    """
+    position, counts = np.arange(len(rows)), corpus.num_negatives[rows]
+    owner = np.concatenate([position, position, np.repeat(position, counts)])
+    numbers = np.concatenate([corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)])
+    _, texts, times = np.unique(corpus.identity[numbers], return_inverse=True, return_counts=True)
+    is_common = times[texts] > 1
+    pairs = np.unique(owner[is_common] * len(times) + texts[is_common])  # a text twice in one row counts once
+    owner, texts = np.divmod(pairs, len(times))
+    _, texts, times = np.unique(texts, return_inverse=True, return_counts=True)
+    return owner[times[texts] > 1], texts[times[texts] > 1]
+
+
+class _Seating:
+    """Place p, which belongs to batch batch_at[p], holds row row_at[p]; rows move by changing places.
+
+    A text and a batch together are one key, text * num_batches + batch: `count` has how many rows of the batch have
+    the text. Only texts that are in more than one row are kept track of.
+    """
+
+    def __init__(self, batch_at: np.ndarray, owner: np.ndarray, texts: np.ndarray) -> None:
+        """batch_at: of every place, ascending. owner, texts: what _common_texts gives."""
+        self.num_batches = int(batch_at[-1]) + 1
+        self.ends = np.cumsum(np.bincount(batch_at)).tolist()
+        self.batch_at = batch_at.tolist()
+        self.row_at = list(range(len(batch_at)))
+        self.place_of = list(range(len(batch_at)))
+        keys = texts * self.num_batches
+        rows, starts = np.unique(owner, return_index=True)
+        bounds, flat = [*starts.tolist(), len(keys)], keys.tolist()
+        self.texts_of = {row: flat[bounds[i] : bounds[i + 1]] for i, row in enumerate(rows.tolist())}
+        keys, counts = np.unique(keys + batch_at[owner], return_counts=True)
+        self.count = dict(zip(keys.tolist(), counts.tolist(), strict=True))
+        texts, num_batches_with = np.unique(keys - keys % self.num_batches, return_counts=True)
+        self.num_batches_with = dict(zip(texts.tolist(), num_batches_with.tolist(), strict=True))
+
+    def num_duplicates(self) -> list[int]:
+        """Of every batch."""
+        duplicates = [0] * self.num_batches
+        for key, count in self.count.items():
+            duplicates[key % self.num_batches] += max(0, count - 1)
+        return duplicates
+
+    def part_duplicates(self, rng: random.Random) -> None:
+        """Every row with a text that its batch has twice changes places with another, as long as that helps."""
+        tries_left, fruitless = 100_000 + TRIES * len(self.texts_of), 0
+        while crowded := [row for row in self.texts_of if self._crowding_texts(row)]:
+            crowded_in = defaultdict(list)
+            for row in crowded:
+                crowded_in[self._batch_of(row)].append(row)
+            change = 0
+            for row in crowded:
+                # After a fruitless round moves that change nothing are made as well: they may open new ways.
+                moved, tries = self._move(row, crowded_in, rng, at_most=0 if fruitless else -1)
+                change += moved
+                tries_left -= tries
+            fruitless = 0 if change < 0 else fruitless + 1
+            if fruitless == 8 or tries_left < 0:
+                return
+
+    def _batch_of(self, row: int) -> int:
+        return self.batch_at[self.place_of[row]]
+
+    def _crowding_texts(self, row: int) -> list[int]:
+        batch = self._batch_of(row)
+        return [text for text in self.texts_of[row] if self.count[text + batch] > 1]
+
+    def _move(self, row: int, crowded_in: dict[int, list[int]], rng: random.Random, at_most: int) -> tuple[int, int]:
+        """(change in the number of duplicates, number of rows tried) of the first move that changes it by at_most."""
+        crowding = self._crowding_texts(row)
+        if all(self.num_batches_with[text] == self.num_batches for text in crowding):
+            return 0, 0
+        tries, first = 0, rng.randrange(self.num_batches)
+        for batch in chain(range(first, self.num_batches), range(first)):
+            if all(self.count.get(text + batch) for text in crowding):
+                continue
+            start, end = self.ends[batch - 1] if batch else 0, self.ends[batch]
+            anyone = (self.row_at[rng.randrange(start, end)] for _ in range(TRIES))
+            for other in chain(crowded_in[batch][:TRIES], anyone):
+                tries += 1
+                if self._batch_of(other) == batch and (change := self._change(row, other)) <= at_most:
+                    self._swap(row, other)
+                    return change, tries
+        return 0, tries
+
+    def _change(self, row: int, other: int) -> int:
+        """In the number of duplicates, if the two rows change places."""
+        change = 0
+        for one, two in ((row, other), (other, row)):
+            leaves, enters = self._batch_of(one), self._batch_of(two)
+            stays = self.texts_of.get(two, ())
+            for text in self.texts_of.get(one, ()):
+                if text not in stays:
+                    change += (self.count.get(text + enters, 0) > 0) - (self.count[text + leaves] > 1)
+        return change
+
+    def _swap(self, row: int, other: int) -> None:
+        for one, two in ((row, other), (other, row)):
+            leaves, enters = self._batch_of(one), self._batch_of(two)
+            for text in self.texts_of.get(one, ()):
+                self._add(text, leaves, -1)
+                self._add(text, enters, 1)
+        a, b = self.place_of[row], self.place_of[other]
+        self.place_of[row], self.place_of[other] = b, a
+        self.row_at[a], self.row_at[b] = other, row
+
+    def _add(self, text: int, batch: int, number: int) -> None:
+        before = self.count.get(text + batch, 0)
+        self.count[text + batch] = before + number
+        self.num_batches_with[text] += (before + number > 0) - (before > 0)

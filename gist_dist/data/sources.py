@@ -4,19 +4,20 @@ import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.fs
 import pyarrow.parquet
 
 from gist_dist.config import DataConfig, SourceConfig
 from gist_dist.errors import UserError
+from gist_dist.hub import go_offline_if_unreachable
 
 FORMATS = {
     ".parquet": "parquet",
@@ -28,6 +29,15 @@ FORMATS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+LIST_KINDS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
+TEXT_KINDS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 COMPRESSED = (".gz", ".bz2", ".zst")
 BATCH_ROWS = 8192
 SHOWN_DROPS = 5
@@ -55,7 +65,7 @@ class SourceReport:
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason → number of rows."""
     first_dropped: list[str] = field(default_factory=list)
-    """Where the first of them are: file, row and reason."""
+    """Where the first of them are: file, row within the file (from 0) and reason."""
 
     def drop(self, where: str, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -64,7 +74,8 @@ class SourceReport:
 
     def complaint(self) -> str:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.items())
-        return f"{sum(self.dropped.values())} of {self.rows_read} rows: {reasons}; first: {self.first_dropped[0]}"
+        total = f"{sum(self.dropped.values()):,} of {self.rows_read:,} rows"
+        return f"{total}: {reasons}; the first (counting from 0): {self.first_dropped[0]}"
 
 
 class Source:
@@ -92,54 +103,31 @@ class Source:
         self.report = SourceReport(self.config.label, self.config.path)
         number = 0
         for name, first, records in self._batches():
-            for offset, values in enumerate(records):
+            for in_file, (anchor, positive, negatives) in enumerate(records, start=first):
                 if number == self.config.max_rows:
                     return
-                row, reason = self._check(values, number)
                 self.report.rows_read += 1
-                if row is None:
-                    self.report.drop(f"{name} row {first + offset}", reason)
+                if reason := _complaint(anchor, positive, negatives):
+                    self.report.drop(f"{name} row {in_file}", reason)
                 else:
                     self.report.rows_used += 1
-                    yield row
+                    yield Row(anchor, positive, negatives, number)
                 number += 1
 
-    def _check(self, values: tuple[Any, Any, list[Any]], number: int) -> tuple[Row | None, str]:
-        anchor, positive, negatives = values
-        for role, text in (("anchor", anchor), ("positive", positive), *(("negative", n) for n in negatives)):
-            if text is None:
-                return None, f"{role} is missing"
-            if not isinstance(text, str):
-                return None, f"{role} is {type(text).__name__}, not text"
-            if not text.strip():
-                return None, f"{role} is empty"
-            if not _is_unicode(text):
-                return None, f"{role} has a lone surrogate, which is no character"
-        return Row(anchor, positive, tuple(negatives), number), ""
-
-    def _batches(self) -> Iterator[tuple[str, int, Iterable[tuple[Any, Any, list[Any]]]]]:
+    def _batches(self) -> Iterator[tuple[str, int, Iterable[tuple[Any, Any, tuple[Any, ...]]]]]:
         """(file name, number of its first row, (anchor, positive, negatives) of each row)."""
         wanted = [self.columns["anchor"], self.columns["positive"], *self.columns["negatives"]]
         if self.hub is not None:
-            for start in range(0, len(self.hub), BATCH_ROWS):
-                batch = self.hub[start : start + BATCH_ROWS]
-                yield self.config.path, start, self._records([batch[name] for name in wanted])
-            return
+            with _reading(f"{self.where}: {self.config.path}"):
+                rows = self.hub.select_columns(list(dict.fromkeys(wanted)))
+                for start in range(0, len(rows), BATCH_ROWS):
+                    batch = rows[start : start + BATCH_ROWS]
+                    yield self.config.path, start, _records([batch[name] for name in wanted])
         for file in self.files:
             first = 0
             for columns in file.read(wanted, self.where):
-                yield file.name, first, self._records(columns)
+                yield file.name, first, _records(columns)
                 first += len(columns[0])
-
-    def _records(self, columns: list[list[Any]]) -> Iterator[tuple[Any, Any, list[Any]]]:
-        for anchor, positive, *cells in zip(*columns, strict=True):
-            negatives = []
-            for cell in cells:
-                if isinstance(cell, list | tuple):
-                    negatives += cell
-                elif cell is not None:
-                    negatives.append(cell)
-            yield anchor, positive, negatives
 
     def _map_columns(self) -> dict[str, Any]:
         """Role → column, checked against what the source has."""
@@ -156,7 +144,7 @@ class Source:
                         f"{self.where}: column '{column}' not in {name} (has: {listed}); set columns.{role}"
                     )
                 kind = has[column]
-                if kind is not None and not _may_hold_text(kind, lists=role == "negatives"):
+                if kind is not None and not _may_hold_text(kind, or_lists=role == "negatives"):
                     raise UserError(
                         f"{self.where}: column '{column}' of {name} holds {kind}, not text; set columns.{role}"
                     )
@@ -190,22 +178,21 @@ class SourceFile:
 
     def schema(self, where: str) -> dict[str, pa.DataType | None]:
         """Column → type; None where the format has no types."""
-        with self._errors(where):
-            if self.format == "parquet":
-                schema = pa.parquet.read_schema(self.filesystem.open_input_file(self.path))
-                return {f.name: f.type for f in schema}
-            if self.format == "arrow":
-                return {f.name: f.type for f in self._open_arrow().schema}
+        with _reading(f"{where}: {self.path}"):
+            if self.format == "jsonl":
+                first_records = islice(self._json_records(where), 1000)
+                return dict.fromkeys(name for record in first_records for name in record)
             if self.format == "csv":
                 return dict.fromkeys(self._open_csv([]).schema.names)
-            columns: dict[str, None] = {}
-            for record in islice(self._json_records(where), 1000):
-                columns |= dict.fromkeys(record)
-            return columns
+            if self.format == "parquet":
+                schema = pa.parquet.read_schema(self.filesystem.open_input_file(self.path))
+            else:
+                schema = self._open_arrow().schema
+            return {field.name: field.type for field in schema}
 
     def read(self, wanted: list[str], where: str) -> Iterator[list[list[Any]]]:
         """Batches of the wanted columns, as Python values."""
-        with self._errors(where):
+        with _reading(f"{where}: {self.path}"):
             if self.format == "jsonl":
                 records = self._json_records(where)
                 while batch := list(islice(records, BATCH_ROWS)):
@@ -221,45 +208,42 @@ class SourceFile:
             for batch in batches:
                 for start in range(0, batch.num_rows, BATCH_ROWS):
                     part = batch.slice(start, BATCH_ROWS)
-                    yield [_python_values(part.column(name)) for name in wanted]
+                    yield [part.column(name).to_pylist() for name in wanted]
 
     def _json_records(self, where: str) -> Iterator[dict[str, Any]]:
+        """Of one object a line, or of a .json file that holds a list of objects."""
         with self.filesystem.open_input_stream(self.path, compression="detect") as stream:
-            if self.name.split(".")[1:2] == ["json"]:
-                yield from self._json_array(stream.read(), where)
-                return
-            for number, line in enumerate(_lines(stream), start=1):
-                if line.strip():
-                    yield self._json_object(line, f"line {number}", where)
+            lines, is_list = _lines(stream), False
+            if _suffix(self.name) == ".json":
+                content = stream.read()
+                is_list = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
+                lines = [content] if is_list else content.split(b"\n")
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                value = self._json_value(line, number, where)
+                for record in value if is_list else [value]:
+                    if not isinstance(record, dict):
+                        kind = type(record).__name__
+                        raise UserError(f"{where}: {self.name} line {number} holds a JSON {kind}, not an object")
+                    yield record
 
-    def _json_array(self, content: bytes, where: str) -> Iterator[dict[str, Any]]:
+    def _json_value(self, line: bytes, number: int, where: str) -> Any:
         try:
-            values = json.loads(content)
-        except json.JSONDecodeError:  # .json is also used for one object a line
-            values = None
+            return json.loads(line)
         except UnicodeDecodeError:
-            raise UserError(f"{where}: {self.name} is not UTF-8 text; convert it") from None
-        if values is None:
-            for number, line in enumerate(content.splitlines(), start=1):
-                if line.strip():
-                    yield self._json_object(line, f"line {number}", where)
-            return
-        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-            raise UserError(f"{where}: {self.name} is neither a list of JSON objects nor one object a line")
-        yield from values
-
-    def _json_object(self, line: bytes, position: str, where: str) -> dict[str, Any]:
-        try:
-            value = json.loads(line)
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: {self.name} {position} is not UTF-8 text; convert the file") from None
+            raise UserError(f"{where}: {self.name} line {number} is not UTF-8 text; convert the file") from None
         except json.JSONDecodeError as error:
-            raise UserError(f"{where}: {self.name} {position} is not JSON ({error.msg}); mend or remove it") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: {self.name} {position} is a JSON {type(value).__name__}, not an object")
-        return value
+            number += error.lineno - 1
+            raise UserError(
+                f"{where}: {self.name} line {number} is not JSON ({error.msg}); mend or remove it"
+            ) from None
+        except (ValueError, RecursionError) as error:  # digits without end, brackets without end
+            reason = str(error).split(";")[0]
+            raise UserError(f"{where}: {self.name} line {number} can't be read ({reason}); remove it") from None
 
     def _open_csv(self, wanted: list[str]) -> pa.csv.CSVStreamingReader:
+        """With the wanted columns, or all if none are."""
         stream = self.filesystem.open_input_stream(self.path, compression="detect")
         return pa.csv.open_csv(
             stream,
@@ -277,14 +261,11 @@ class SourceFile:
         )
 
     def _open_arrow(self) -> Any:
+        """A file as pyarrow writes it, or a stream as datasets keeps it."""
         try:
-            reader = pa.ipc.open_file(self.filesystem.open_input_file(self.path))
-            return _IpcBatches(reader)
+            return _IpcBatches(pa.ipc.open_file(self.filesystem.open_input_file(self.path)))
         except pa.ArrowInvalid:
             return pa.ipc.open_stream(self.filesystem.open_input_stream(self.path))
-
-    def _errors(self, where: str) -> "_ReadErrors":
-        return _ReadErrors(f"{where}: {self.path}")
 
 
 class _IpcBatches:
@@ -297,21 +278,17 @@ class _IpcBatches:
         return (self.reader.get_batch(i) for i in range(self.reader.num_record_batches))
 
 
-class _ReadErrors:
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
     """Turns what Arrow says of a damaged file into a sentence that names the file."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, pa.ArrowException | OSError) and not isinstance(error, UserError):
-            reason = " ".join(str(error).split())[:300]
-            if "invalid UTF8" in reason or "Invalid UTF8" in reason:
-                reason = "it is not UTF-8 text; convert it"
-            raise UserError(f"{self.what} can't be read: {reason}") from error
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text; convert it") from error
+    except (pa.ArrowException, OSError, KeyError) as error:
+        if "invalid utf8" in str(error).lower():
+            raise UserError(f"{what} is not UTF-8 text; convert it") from error
+        raise UserError(f"{what} can't be read: {_reason(error)}") from error
 
 
 def _find_files(config: SourceConfig, where: str, root: str | None) -> list[SourceFile]:
@@ -319,20 +296,20 @@ def _find_files(config: SourceConfig, where: str, root: str | None) -> list[Sour
     if "://" in config.path:
         try:
             filesystem, path = pa.fs.FileSystem.from_uri(config.path)
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"{where}: {config.path} can't be opened: {' '.join(str(error).split())[:200]}") from None
+        except (pa.ArrowException, OSError, ValueError, ImportError) as error:
+            raise UserError(f"{where}: {config.path} can't be opened: {_reason(error)}") from None
         return _list_files(filesystem, path, config, where)
     path = Path(root or ".").expanduser() / Path(config.path).expanduser()
     local = pa.fs.LocalFileSystem()
+    if path.exists():
+        return _list_files(local, str(path.absolute()), config, where)
     if glob.has_magic(config.path):
         found = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not found:
             raise UserError(f"{where}: no file matches {path}")
-        return [_known(SourceFile(local, str(Path(p).absolute())), where) for p in found]
-    if path.exists():
-        return _list_files(local, str(path.absolute()), config, where)
-    is_hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path) and not _suffix(config.path) in FORMATS
-    if root is None and is_hub_id and not config.path.startswith("."):
+        return [_one_file(local, str(Path(p).absolute()), config, where) for p in found]
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", config.path) and _suffix(config.path) not in FORMATS
+    if root is None and is_hub_id:
         return []
     raise UserError(f"{where}: no file or folder {path}; correct path, or data.root if it is elsewhere")
 
@@ -343,50 +320,70 @@ def _list_files(filesystem: pa.fs.FileSystem, path: str, config: SourceConfig, w
         if info.type == pa.fs.FileType.NotFound:
             raise UserError(f"{where}: no file or folder {config.path}")
         if info.type == pa.fs.FileType.File:
-            return [_known(SourceFile(filesystem, path), where)]
+            return [_one_file(filesystem, path, config, where)]
         listed = filesystem.get_file_info(pa.fs.FileSelector(path, recursive=True))
     except OSError as error:
-        raise UserError(f"{where}: {config.path} can't be listed: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{where}: {config.path} can't be listed: {_reason(error)}") from None
     files = [SourceFile(filesystem, i.path) for i in listed if i.type == pa.fs.FileType.File]
-    files = sorted((f for f in files if f.format and not f.name.startswith((".", "_"))), key=lambda f: f.path)
-    files = [f for f in files if f.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
-    if config.split is not None:
-        splits = sorted({_split_of(f, path) for f in files})
-        files = [f for f in files if _split_of(f, path) == config.split]
-        if not files:
-            raise UserError(f"{where}: no split '{config.split}' in {config.path} (has: {', '.join(splits) or 'none'})")
+    files = sorted((f for f in files if f.format and _is_data(_within(f, path))), key=lambda f: f.path)
     if not files:
         raise UserError(f"{where}: no {', '.join(sorted(set(FORMATS.values())))} file in folder {config.path}")
-    return files
+    splits = sorted({_split_of(f, path) for f in files})
+    split = config.split or ("train" if {"train"} < set(splits) <= SPLIT_NAMES else None)
+    if split and split not in splits:
+        raise UserError(f"{where}: no split '{split}' in {config.path} (has: {', '.join(splits)})")
+    return [f for f in files if split is None or _split_of(f, path) == split]
+
+
+def _within(file: "SourceFile", folder: str) -> list[str]:
+    return file.path[len(folder) :].lstrip("/").split("/")
+
+
+def _is_data(parts: list[str]) -> bool:
+    """Not hidden, and not one of the descriptions that datasets.save_to_disk puts beside the data."""
+    hidden = any(part.startswith((".", "_")) for part in parts)
+    return not hidden and parts[-1] not in ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
 def _split_of(file: SourceFile, folder: str) -> str:
     """data/train-00000.parquet, train/part-0.parquet and train.jsonl are all of split train."""
-    first, *rest = file.path[len(folder) :].lstrip("/").split("/")
+    first, *rest = _within(file, folder)
     name = first if rest and first != "data" else file.name
-    return re.split(r"[-.]", name)[0]
+    return re.split(r"[-.]|_\d", name)[0]
 
 
-def _known(file: SourceFile, where: str) -> SourceFile:
+def _one_file(filesystem: pa.fs.FileSystem, path: str, config: SourceConfig, where: str) -> SourceFile:
+    file = SourceFile(filesystem, path)
     if file.format is None:
         raise UserError(f"{where}: {file.name} is of no known format (known: {', '.join(FORMATS)})")
+    if config.split is not None:
+        raise UserError(f"{where}: split = {config.split}: {file.name} is one file and has no splits; remove split")
     return file
 
 
 def _load_hub(config: SourceConfig, where: str) -> Any:
+    offline = go_offline_if_unreachable()
     import datasets
 
     try:
-        splits = datasets.get_dataset_split_names(config.path, config.subset, revision=config.revision)
         split = config.split or "train"
-        if split not in splits:
-            raise UserError(f"{where}: no split '{split}' in {config.path} (has: {', '.join(splits)})")
+        if not offline:  # before everything is downloaded
+            splits = datasets.get_dataset_split_names(config.path, config.subset, revision=config.revision)
+            if split not in splits:
+                raise UserError(f"{where}: no split '{split}' in {config.path} (has: {', '.join(splits)})")
         return datasets.load_dataset(config.path, config.subset, split=split, revision=config.revision)
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - the hub client has dozens of kinds; name and reason are what helps
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{where}: '{config.path}' is no file here, and as a Hub dataset: {reason}") from error
+    except Exception as error:
+        is_away = offline and not isinstance(error, ValueError)  # those speak of the cached copy
+        reason = "the Hub is out of reach and its cache hasn't it" if is_away else _reason(error)
+        raise UserError(
+            f"{where}: '{config.path}' is no file here, and can't be had as a Hub dataset: {reason}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _suffix(name: str) -> str:
@@ -394,20 +391,32 @@ def _suffix(name: str) -> str:
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def _may_hold_text(kind: pa.DataType, lists: bool) -> bool:
-    if pa.types.is_null(kind):
-        return True
-    if lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        return _may_hold_text(kind.value_type, lists=False)
-    if pa.types.is_dictionary(kind):
-        return _may_hold_text(kind.value_type, lists=False)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+def _may_hold_text(kind: pa.DataType, or_lists: bool = False) -> bool:
+    is_list = or_lists and any(is_kind(kind) for is_kind in LIST_KINDS)
+    if is_list or pa.types.is_dictionary(kind):
+        return _may_hold_text(kind.value_type)
+    return any(is_kind(kind) for is_kind in TEXT_KINDS)
 
 
-def _python_values(column: pa.Array) -> list[Any]:
-    if pa.types.is_dictionary(column.type):
-        column = pc.cast(column, column.type.value_type)
-    return column.to_pylist()
+def _records(columns: list[list[Any]]) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
+    """Rows out of columns; the cells of negatives are texts, lists of texts or null."""
+    for anchor, positive, *cells in zip(*columns, strict=True):
+        negatives = chain.from_iterable(cell if isinstance(cell, list) else (cell,) for cell in cells)
+        yield anchor, positive, tuple(text for text in negatives if text is not None)
+
+
+def _complaint(anchor: Any, positive: Any, negatives: tuple[Any, ...]) -> str:
+    """Why a row can't be used; empty if it can."""
+    for role, text in (("anchor", anchor), ("positive", positive), *(("negative", text) for text in negatives)):
+        if text is None:
+            return f"{role} is missing"
+        if not isinstance(text, str):
+            return f"{role} is {type(text).__name__}, not text"
+        if not text or text.isspace():
+            return f"{role} is empty"
+        if not text.isascii() and not _is_unicode(text):
+            return f"{role} has a lone surrogate, which is no character"
+    return ""
 
 
 def _is_unicode(text: str) -> bool:

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +16,9 @@ from gist_dist.errors import UserError
 
 # Read by Ray's processes when they start. The controller polls its workers at this interval.
 LOCAL_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",  # a local Ray listens on loopback only
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
@@ -51,8 +51,9 @@ def _remote(address: str, config: ClusterConfig) -> Iterator[dict[str, float]]:
     import ray
 
     try:
+        _reach(address)
         ray.init(address=address, runtime_env=_runtime_env(config), log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cluster.address = {address}: no Ray cluster answers there: {reason}") from error
     try:
@@ -61,9 +62,18 @@ def _remote(address: str, config: ClusterConfig) -> Iterator[dict[str, float]]:
         ray.shutdown()
 
 
+def _reach(address: str) -> None:
+    """OSError if nothing listens there: Ray would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
 def _local(config: ClusterConfig) -> Iterator[dict[str, float]]:
     for name, value in LOCAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if "RAY_AUTH_MODE" not in os.environ:
+        _require_token()
     # A short path of its own: sockets under it may have 107 characters, and no other Ray's files are touched.
     folder = Path(tempfile.mkdtemp(prefix="gist-ray-", dir="/tmp" if Path("/tmp").is_dir() else None))
     import ray
@@ -76,12 +86,22 @@ def _local(config: ClusterConfig) -> Iterator[dict[str, float]]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             _temp_dir=str(folder),
-            _node_ip_address="127.0.0.1",
         )
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_token() -> None:
+    """Ray's servers listen on every interface; with a token nobody but this process and its workers gets in.
+
+    The token is a variable of ours, where ray.init() would leave a file in the user's home.
+    """
+    from ray._raylet import Config  # its cached settings were read when ray was imported
+
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    Config.initialize("")
 
 
 def _runtime_env(config: ClusterConfig) -> dict[str, Any]:
@@ -96,10 +116,16 @@ def gpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float
     return 1.0 if resources.get("GPU", 0) >= 1 else 0.0
 
 
+def cpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float:
+    if config.cpus_per_worker is not None:
+        return config.cpus_per_worker
+    return 1.0 if config.num_workers <= resources.get("CPU", 0) else 0.5
+
+
 def check_resources(config: ClusterConfig, resources: dict[str, float]) -> None:
     """UserError if the workers would wait forever for what the cluster does not have."""
-    gpus = gpus_per_worker(config, resources)
-    wants = {"CPU": (config.cpus_per_worker, "cpus_per_worker"), "GPU": (gpus, "gpus_per_worker")}
+    cpus, gpus = cpus_per_worker(config, resources), gpus_per_worker(config, resources)
+    wants = {"CPU": (cpus, "cpus_per_worker"), "GPU": (gpus, "gpus_per_worker")}
     for kind, (each, key) in wants.items():
         total = resources.get(kind, 0)
         if config.num_workers * each > total:

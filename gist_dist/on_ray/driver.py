@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Guide, Student
 from gist_dist.errors import UserError
 from gist_dist.evaluation import check_tasks
-from gist_dist.on_ray.cluster import check_resources, connected, gpus_per_worker
+from gist_dist.model_card import write_model_card
+from gist_dist.on_ray.cluster import check_resources, connected, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.evaluation import evaluate_models
 from gist_dist.on_ray.worker import FAILURE_NAME, LOG_NAME, train_worker
-from gist_dist.model_card import write_model_card
 from gist_dist.report import Summary, build_report
 from gist_dist.run_folder import RunFolder
 
@@ -36,6 +37,7 @@ def train_and_evaluate(config: RunConfig) -> Summary:
     run = RunFolder(config)
     run.refuse_other_recipe()
     check_tasks(config.evaluate)
+    _check_tracking(config)
     trained = run.is_trained()
     corpus = None if trained else prepare_run(config, run)
     if trained and not config.evaluate.tasks:
@@ -53,18 +55,28 @@ def train_and_evaluate(config: RunConfig) -> Summary:
     return build_report(run.folder)
 
 
+def _check_tracking(config: RunConfig) -> None:
+    if config.tracking.tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "tracking.tensorboard = true: install it with `pip install 'gist-dist[tensorboard]'`, or set false"
+        )
+
+
 def prepare_run(config: RunConfig, run: RunFolder) -> Corpus:
     """Load both models once, on the CPU of the driver: to check them, and for their tokenizers."""
     logger.info("loading models and preparing data")
     student = Student(config.student)
     guide = Guide(config.guide) if config.guide else None
-    run.create(config)
     corpus = prepare(config, student, guide)
     sampler = Sampler(corpus, config)
+    run.create(config)  # not before: a mistake in the recipe's data can then be mended under the same name
     run.write_data_summary(corpus, sampler)
     logger.info(
         "%s rows with %s distinct texts; %d steps of %d rows (%.2f epochs)",
-        f"{corpus.num_rows:,}", f"{corpus.num_texts:,}", sampler.num_steps, config.batch.global_size,
+        f"{corpus.num_rows:,}",
+        f"{corpus.num_texts:,}",
+        sampler.num_steps,
+        config.batch.global_size,
         sampler.num_steps / sampler.steps_per_epoch,
     )
     return corpus
@@ -85,7 +97,8 @@ def _fit(config: RunConfig, corpus: Corpus, run: RunFolder, resources: dict[str,
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    gpus, cluster = gpus_per_worker(config.cluster, resources), config.cluster
+    cluster = config.cluster
+    cpus, gpus = cpus_per_worker(cluster, resources), gpus_per_worker(cluster, resources)
     failure = run.folder / FAILURE_NAME
     failure.unlink(missing_ok=True)
     checkpoint = latest_intact(run.folder / "checkpoints")
@@ -94,12 +107,17 @@ def _fit(config: RunConfig, corpus: Corpus, run: RunFolder, resources: dict[str,
     logger.info("starting %d worker%s on Ray", cluster.num_workers, "s" * (cluster.num_workers > 1))
     trainer = _trainer_class()(
         train_worker,
-        train_loop_config={"recipe": config.model_dump(mode="json"), "corpus": str(corpus.folder), "use_gpu": gpus > 0},
+        train_loop_config={
+            "recipe": config.model_dump(mode="json"),
+            "corpus": str(corpus.folder),
+            "use_gpu": gpus > 0,
+            "threads": max(1, int(cpus)),
+        },
         torch_config=TorchConfig(backend="nccl" if gpus > 0 else "gloo", timeout_s=600),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
         ),
         run_config=ray.train.RunConfig(
             name=f"fit-{int(time.time())}",

@@ -26,7 +26,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     _log_to_file(config.run_dir, world.rank)
     device = torch.device(f"cuda:{torch.cuda.current_device()}" if payload["use_gpu"] else "cpu")
     if device.type == "cpu":
-        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+        torch.set_num_threads(payload["threads"])
     else:
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:

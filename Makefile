@@ -1,0 +1,47 @@
+# make quickstart and make test do all the set-up they need. Another interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Newer than what it was installed from: nothing to install.
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-slow quickstart lint clean
+
+help:
+	@echo "make quickstart   train and evaluate a small model here, offline, in about 6 minutes"
+	@echo "make test         run the tests (ARGS='tests/test_loss.py -x' for some)"
+	@echo "make test-slow    run the tests that take minutes"
+	@echo "make lint         ruff check and ruff format --check"
+	@echo "make setup        only make the environment in $(VENV)"
+	@echo "make clean        remove caches, builds and quickstart/ ($(VENV) and runs/ stay)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gist_dist needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + ": make setup PYTHON=python3.11")'
+	@echo "Installing into $(VENV): about 1.5 GB (more if pip's torch comes with CUDA), 2-3 minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@# torch first and alone: the largest download, and where an installation fails if it does.
+	@$(BIN)/python -m pip install -qq -c constraints.txt torch
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+quickstart: $(STAMP)
+	@$(BIN)/python examples/quickstart.py
+	@# All it needs is in ./quickstart now: no hub is asked.
+	@HF_HUB_OFFLINE=1 $(BIN)/gist-dist train quickstart $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf quickstart build dist .pytest_cache .ruff_cache *.egg-info
+	find gist_dist tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

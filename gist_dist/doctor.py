@@ -1,0 +1,205 @@
+"""`gist-dist doctor`: what this machine, or a cluster, has and lacks for training."""
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from gist_dist.hub import go_offline_if_unreachable
+
+MIN_FREE_GB = 5
+MIN_MEMORY_GB = 4
+MIN_SHM_GB = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    found: str
+    remedy: str = ""
+    """A sentence, where something lacks."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    findings: list[Finding]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether training can run: nothing failed."""
+        return all(finding.state != "fail" for finding in self.findings)
+
+    def lines(self) -> list[str]:
+        width = max(len(finding.name) for finding in self.findings)
+        lines = []
+        for finding in self.findings:
+            lines.append(f"{finding.state:<4}  {finding.name:<{width}}  {finding.found}")
+            if finding.remedy:
+                lines.append(f"{'':<4}  {'':<{width}}  -> {finding.remedy}")
+        failures = sum(finding.state == "fail" for finding in self.findings)
+        warnings = sum(finding.state == "warn" for finding in self.findings)
+        summary = "ready to train" if self.healthy else f"not ready: {failures} failed"
+        return [*lines, "", f"{summary}{f', {warnings} to look at' if warnings else ''}"]
+
+
+def examine(address: str | None = None) -> Verdict:
+    """Look at everything, also past failures. With an address: at the cluster there, and not at a Ray of our own."""
+    from gist_dist.on_ray.doctor import examine_cluster, examine_local_ray
+
+    ray = (lambda: examine_cluster(address)) if address else examine_local_ray
+    looks: list[tuple[str, Callable[[], list[Finding]]]] = [
+        ("python", _python),
+        ("packages", _packages),
+        ("processor", _processor),
+        ("memory", _memory),
+        ("GPU", _gpus),
+        ("disk", _disk),
+        ("shared memory", _shared_memory),
+        ("hub", _hub),
+        ("process group", _process_group),
+        ("Ray", ray),
+    ]
+    findings = []
+    for name, look in looks:
+        try:
+            findings += look()
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            findings.append(Finding(name, "fail", f"{type(error).__name__}: {reason}", "mend this, then look again"))
+    return Verdict(findings)
+
+
+def _python() -> list[Finding]:
+    from packaging.specifiers import SpecifierSet
+
+    wanted = metadata.metadata("gist-dist")["Requires-Python"]
+    version = platform.python_version()
+    if version in SpecifierSet(wanted):
+        return [Finding("python", "ok", version)]
+    return [Finding("python", "fail", version, f"gist_dist needs Python {wanted}")]
+
+
+def _packages() -> list[Finding]:
+    """Against the ranges of pyproject.toml, as they were installed with the package."""
+    from packaging.requirements import Requirement
+
+    findings = []
+    for requirement in map(Requirement, metadata.requires("gist-dist") or []):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        remedy = f"pip install '{requirement}'"
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(requirement.name, "fail", "is not installed", remedy))
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        found = f"{version} ({requirement.specifier})"
+        findings.append(Finding(requirement.name, "ok" if fits else "fail", found, "" if fits else remedy))
+    return findings
+
+
+def _processor() -> list[Finding]:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [Finding("processor", "ok", f"{usable} usable cores, {platform.machine()}")]
+
+
+def _memory() -> list[Finding]:
+    if not Path("/proc/meminfo").exists():
+        return [Finding("memory", "warn", "can't be told on this system", "have a few GB free for each worker")]
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(fields[name].split()[0]) * 1024 / 1e9 for name in ("MemTotal", "MemAvailable"))
+    remedy = "a worker with a small model takes 1 to 2 GB; end other programs" if free < MIN_MEMORY_GB else ""
+    return [Finding("memory", "warn" if remedy else "ok", f"{free:.1f} GB free of {total:.1f} GB", remedy)]
+
+
+def _gpus() -> list[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return [
+            Finding(
+                f"GPU {i}", "ok", f"{d.name}, {d.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}, {_driver()}"
+            )
+            for i, d in enumerate(devices)
+        ]
+    if torch.version.cuda is None:
+        has_one = Path("/proc/driver/nvidia/version").exists()
+        remedy = "there is an NVIDIA driver: install a CUDA build of torch" if has_one else ""
+        found = f"none: torch {torch.__version__} is a CPU build"
+        return [Finding("GPU", "warn" if has_one else "ok", found, remedy)]
+    remedy = f"install a driver for CUDA {torch.version.cuda}, or train on CPU, which is slow"
+    return [Finding("GPU", "warn", f"none visible to torch ({_driver()})", remedy)]
+
+
+def _driver() -> str:
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split("Module", 1)[1].split()
+        return f"driver {next(word for word in words if word[0].isdigit())}"
+    except (OSError, IndexError, StopIteration):
+        return "no NVIDIA driver"
+
+
+def _disk() -> list[Finding]:
+    folder = Path.cwd()
+    free = shutil.disk_usage(folder).free / 1e9
+    remedy = (
+        f"runs are kept under output_dir: have {MIN_FREE_GB} GB there, or set it elsewhere"
+        if free < MIN_FREE_GB
+        else ""
+    )
+    findings = [Finding("disk", "warn" if remedy else "ok", f"{free:.1f} GB free in {folder}", remedy)]
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        remedy = "set output_dir to a folder that you may write to"
+        findings.append(Finding("disk", "warn", f"{folder} can't be written: {error.strerror}", remedy))
+    return findings
+
+
+def _shared_memory() -> list[Finding]:
+    if not Path("/dev/shm").is_dir():
+        return [Finding("shared memory", "ok", "no /dev/shm on this system; Ray keeps its objects in files")]
+    total = shutil.disk_usage("/dev/shm").total / 1e9
+    remedy = (
+        "give a container more: docker run --shm-size=4g, or a Memory emptyDir in Kubernetes"
+        if total < MIN_SHM_GB
+        else ""
+    )
+    return [Finding("shared memory", "warn" if remedy else "ok", f"{total:.1f} GB in /dev/shm", remedy)]
+
+
+def _hub() -> list[Finding]:
+    was_set = bool(os.environ.get("HF_HUB_OFFLINE"))
+    offline = go_offline_if_unreachable()
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if offline:
+        found = "HF_HUB_OFFLINE is set" if was_set else "out of reach"
+        remedy = "only folders and what is in the cache can be used: give models and data as paths"
+        findings = [Finding("hub", "warn", found, remedy)]
+    else:
+        findings = [Finding("hub", "ok", "can be asked")]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache).close()
+        findings.append(Finding("hub cache", "ok", str(cache)))
+    except OSError as error:
+        remedy = "set HF_HOME to a folder that you may write to"
+        findings.append(Finding("hub cache", "warn", f"{cache} can't be written: {error.strerror or error}", remedy))
+    return findings
+
+
+def _process_group() -> list[Finding]:
+    """Gloo, which CPU workers talk through and GPU workers start with."""
+    from gist_dist.collectives import try_backends
+
+    return [Finding("process group", "ok", f"torch.distributed works ({', '.join(try_backends())})")]

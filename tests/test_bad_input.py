@@ -1,0 +1,228 @@
+"""What a user may get wrong: one sentence on stderr and exit status 1, before Ray is started."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import yaml
+
+from gist_dist.cli import main
+from gist_dist.data.corpus import Corpus
+
+ROWS = [{"anchor": f"amber {a} {b}", "positive": f"basin {b} {a}"} for a in tiny.WORDS[:6] for b in tiny.WORDS[:6]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return tiny.save_tiny_model(folder / "student"), tiny.save_tiny_model(folder / "guide", seed=1)
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Training must have been refused before this is reached."""
+
+    def started(*arguments, **keywords):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("gist_dist.on_ray.driver.connected", started)
+
+
+@pytest.fixture
+def run(tmp_path, models, no_ray, capsys):
+    """A run of `gist-dist train` with sections of a good recipe replaced: its one sentence."""
+
+    def run(rows=ROWS, path=None, command="train", status=1, **sections) -> str:
+        path = path if path is not None else tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
+        sections = {"batch": {"global_size": 4}, "cluster": {"address": "127.0.0.1:1"}} | sections
+        tree = tiny.recipe(tmp_path / "out", *models, path, **sections)
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(tree))
+        capsys.readouterr()
+        assert main([command, str(recipe)]) == status
+        return sentence(capsys.readouterr().err) if status else capsys.readouterr().out
+
+    return run
+
+
+def sentence(stderr: str) -> str:
+    said = [line for line in stderr.splitlines() if line.startswith("gist-dist: ")]
+    assert len(said) == 1 and stderr.rstrip().endswith(said[0]), stderr
+    assert "Traceback" not in stderr
+    return said[0].removeprefix("gist-dist: ")
+
+
+def source(path, **values) -> dict:
+    return {"data": {"sources": [{"path": str(path), **values}]}}
+
+
+def test_unknown_keys_and_missing_recipes(run, tmp_path, capsys):
+    assert run(optim={"learning_rat": 1}).endswith("unknown key 'optim.learning_rat'; did you mean 'learning_rate'?")
+    capsys.readouterr()
+    assert main(["train", "nowhere.yaml"]) == 1
+    assert "nowhere.yaml: no such recipe file, and no packaged recipe of that name (there are: " in sentence(
+        capsys.readouterr().err
+    )
+
+
+def test_missing_file_column_and_split(run, tmp_path):
+    assert run(path=tmp_path / "none.parquet") == (
+        f"data.sources[0]: no file or folder {tmp_path}/none.parquet; correct path, or data.root if it is elsewhere"
+    )
+    tiny.write_jsonl(tmp_path / "x.jsonl", ROWS)
+    assert run(**source(tmp_path / "x.jsonl", columns={"positive": "doc"})) == (
+        "data.sources[0]: column 'doc' not in x.jsonl (has: 'anchor', 'positive'); set columns.positive"
+    )
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    tiny.write_jsonl(folder / "train.jsonl", ROWS)
+    assert run(**source(folder, split="dev")) == f"data.sources[0]: no split 'dev' in {folder} (has: train)"
+    assert "'nobody/nothing' is no file here, and can't be had as a Hub dataset: " in run(**source("nobody/nothing"))
+
+
+def test_rows_without_a_usable_text(run, tmp_path):
+    empty = [{"anchor": "", "positive": "p"}, {"anchor": "a", "positive": 3}, {"anchor": "a"}]
+    path = tmp_path / "pairs.jsonl"
+    assert run(empty) == (
+        f"data.sources[0]: {path} has no usable row; 3 of 3 rows: anchor is empty (1), positive is int, not text (1), "
+        "positive is missing (1); the first (counting from 0): pairs.jsonl row 0: anchor is empty"
+    )
+    assert run([]) == "data.sources[0]: column 'anchor' not in pairs.jsonl (has: none); set columns.anchor"
+    pq.write_table(
+        pa.table({"anchor": pa.array([], pa.string()), "positive": pa.array([], pa.string())}), tmp_path / "e.parquet"
+    )
+    assert run(path=tmp_path / "e.parquet") == f"data.sources[0]: {tmp_path}/e.parquet has no rows"
+    mended = {"data": {"sources": [{"path": str(path)}], "unusable_rows": "error"}}
+    assert run([*ROWS, empty[2]], **mended) == (
+        "data.sources[0]: unusable 1 of 37 rows: positive is missing (1); the first (counting from 0): "
+        "pairs.jsonl row 36: positive is missing; mend them or set data.unusable_rows=drop"
+    )
+
+
+def test_dropped_rows_are_counted_and_named_where_training_goes_on(run, capsys):
+    out = run([*ROWS, {"anchor": "a"}, {"anchor": "b", "positive": " "}], command="plan", status=0)
+    assert "dropped positive is missing: 1 row" in out and "dropped positive is empty: 1 row" in out
+
+
+def test_a_global_size_above_the_data(run):
+    assert run(batch={"global_size": 4096}) == (
+        "batch.global_size = 4096: the data has only 36 usable rows; lower it or add data"
+    )
+
+
+@pytest.mark.parametrize("role", ["student", "guide"])
+def test_models_that_cannot_be_loaded(run, tmp_path, role):
+    assert run(**{role: {"model": str(tmp_path / "none")}}) == (
+        f"{role}.model: no folder '{tmp_path}/none'; give a SentenceTransformer folder or a Hub id"
+    )
+    (tmp_path / "empty").mkdir()
+    assert run(**{role: {"model": str(tmp_path / "empty")}}).startswith(
+        f"{role}.model: '{tmp_path}/empty' can't be loaded: "
+    )
+    assert run(**{role: {"model": "nobody/nothing"}}) == (
+        f"{role}.model: 'nobody/nothing' can't be loaded: the Hub is out of reach and its cache hasn't it"
+    )
+
+
+def test_damaged_model_weights(run, tmp_path, models):
+    shutil.copytree(models[0], tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert run(student={"model": str(tmp_path / "damaged")}).startswith(
+        f"student.model: '{tmp_path}/damaged' can't be loaded: "
+    )
+
+
+def test_more_tokens_than_the_model_has_positions(run, models):
+    assert run(student={"max_tokens": 5000}) == (
+        f"student.max_tokens = 5000: {models[0]} has positions for 64 tokens; lower it"
+    )
+
+
+def test_no_right_to_write(run, tmp_path):
+    (tmp_path / "out").write_text("a file where a folder should be")
+    assert run() == f"output_dir: {tmp_path}/out/tiny can't be written: Not a directory"
+
+
+def test_no_right_to_write_the_corpora(run, tmp_path):
+    (tmp_path / "file").write_text("a file where a folder should be")
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", ROWS)
+    said = run(data={"sources": [{"path": str(path)}], "cache_dir": str(tmp_path / "file")})
+    assert said.startswith(f"{tmp_path}/file: the prepared corpus can't be written there: ")
+
+
+def test_no_space(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    assert run() == (
+        f"output_dir: {tmp_path}/out/tiny has 1 MiB free, at least 200 are needed; "
+        "free some or choose another output_dir"
+    )
+
+
+def test_damaged_and_foreign_files(run, tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "good.parquet")
+    path = tmp_path / "cut.parquet"
+    path.write_bytes((tmp_path / "good.parquet").read_bytes()[:-30])
+    assert run(path=path).startswith(f"data.sources[0]: {path} can't be read: ")
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n{anchor: 1}\n")
+    assert run(path=path).startswith("data.sources[0]: bad.jsonl line 2 is not JSON (")
+    path = tmp_path / "latin.csv"
+    path.write_bytes("anchor,positive\namber,café\n".encode("latin-1"))
+    assert run(path=path) == f"data.sources[0]: {path} is not UTF-8 text; convert it"
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"anchor": "a", "positive": "caf\xe9"}\n')
+    assert run(path=path) == "data.sources[0]: latin.jsonl line 1 is not UTF-8 text; convert the file"
+
+
+def test_a_column_that_changes_type_between_files(run, tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "0.parquet")
+    pq.write_table(pa.table({"anchor": ["a"], "positive": [1.5]}), folder / "1.parquet")
+    assert (
+        run(path=folder)
+        == "data.sources[0]: column 'positive' of 1.parquet holds double, not text; set columns.positive"
+    )
+
+
+def test_a_megabyte_and_emoji_are_texts_like_others(tmp_path, models):
+    rows = [
+        {"anchor": "amber basin " * 90_000, "positive": "🙂🎉"}, {"anchor": "🙃" * 300, "positive": "\u200b\u00ad"},
+        {"anchor": "a\x00b", "positive": "line\nline\r\n\ttab"}, {"anchor": "שלום עולם", "positive": "ﷺ" * 50},
+    ]  # fmt: skip
+    config, corpus = tiny.prepared(
+        tiny.recipe(tmp_path, *models, tiny.write_jsonl(tmp_path / "x.jsonl", rows), batch={"global_size": 4})
+    )
+    assert isinstance(corpus, Corpus) and corpus.num_rows == 4
+    assert corpus.student_lengths.max() == 64 and corpus.student_lengths.min() >= 2
+    from gist_dist.encoder import Student
+
+    embeddings = Student(config.student).encode(corpus.student_tokens(np.arange(corpus.num_texts)), dropout_seed=(0,))
+    assert embeddings.isfinite().all()
+
+
+def test_one_sentence_from_a_real_process(tmp_path, models):
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", ROWS[:3])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path / "out", *models, path)))
+    command = [sys.executable, "-m", "gist_dist.cli", "train", str(recipe)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert sentence(done.stderr) == "batch.global_size = 256: the data has only 3 usable rows; lower it or add data"
+
+
+def test_nothing_of_a_refused_run_is_left(run, tmp_path):
+    run(batch={"global_size": 4096})
+    assert not (tmp_path / "out" / "tiny" / "checkpoints").exists()
+    assert not Path(tmp_path / "out" / "tiny" / "model").exists()

@@ -1,0 +1,177 @@
+"""The recipe: read, overridden, checked; every mistake is one sentence."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gist_dist.config import SHORT, RunConfig, load_recipe, packaged_recipes, parse_config
+from gist_dist.errors import UserError
+
+MINIMAL = {"name": "run", "student": {"model": "m"}, "data": {"sources": [{"path": "pairs.jsonl"}]}}
+
+
+def changed(**values) -> dict:
+    """MINIMAL with dotted keys set ('__' for the dot)."""
+    tree = yaml.safe_load(yaml.safe_dump(MINIMAL))
+    for key, value in values.items():
+        *parents, last = key.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def refused(tree: dict) -> str:
+    with pytest.raises(UserError) as caught:
+        parse_config(tree, "r.yaml")
+    return str(caught.value)
+
+
+def write(folder: Path, tree: dict) -> str:
+    path = folder / "r.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"optim__learning_rat": 1}, "r.yaml: unknown key 'optim.learning_rat'; did you mean 'learning_rate'?"),
+        ({"optin": {}}, "r.yaml: unknown key 'optin'; did you mean 'optim'?"),
+        ({"loss__zzz": 1}, "r.yaml: unknown key 'loss.zzz'; known here: temperature, margin"),
+        ({"guide": {"model": "g", "prompt": {}}}, "r.yaml: unknown key 'guide.prompt'; did you mean 'prompts'?"),
+        ({"student": {}}, "r.yaml: 'student.model' is missing; set it in the recipe or as student.model=VALUE"),
+        ({"batch__global_size": 1}, "r.yaml: batch.global_size = 1: input should be greater than or equal to 2"),
+        ({"loss__margin_kind": "abs"}, "r.yaml: loss.margin_kind = 'abs': input should be 'absolute' or 'relative'"),
+        ({"loss__margin": float("nan")}, "r.yaml: loss.margin = nan: input should be a finite number"),
+        ({"optim__betas": [0.9, 1.0]}, "r.yaml: optim.betas[1] = 1.0: input should be less than 1"),
+        ({"optim": {"steps": 1, "epochs": 1}}, "r.yaml: optim: steps=1 and epochs=1.0 are both set; keep one"),
+        ({"student__model": ""}, "r.yaml: student.model = '': string should have at least 1 character"),
+        ({"name": "../up"}, "r.yaml: name = '../up': string should match pattern"),
+        ({"data__sources": []}, "r.yaml: data: sources is empty; name at least one data set"),
+        ({"data__sources": [{"path": "a", "columns": {"anchr": "q"}}]},
+         "r.yaml: unknown key 'data.sources[0].columns.anchr'; did you mean 'anchor'?"),
+        ({"data__sources": [{"path": "a", "prompts": {"student": {"x": ""}}}]},
+         "r.yaml: unknown key 'data.sources[0].prompts.student.x'; known here: anchor, positive, negatives"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence_that_names_the_field(values, expected):
+    message = refused(changed(**values))
+    assert message.startswith(expected)
+    assert "\n" not in message
+
+
+def test_every_mistake_is_named_but_no_more_than_five():
+    assert len(refused(changed(a=1, b=1)).splitlines()) == 2
+    assert len(refused(changed(**{f"k{i}": 1 for i in range(30)})).splitlines()) == 5
+
+
+def test_overrides_are_yaml_and_reach_every_depth(tmp_path):
+    overrides = [
+        "optim.learning_rate=1e-4", "guide.model=other", "data.sources.0.columns.negatives=[a, b]",
+        "batch.global_size=64", "optim.max_grad_norm=null", "evaluate.tasks=[STS12]", "data.sources.0.name=one",
+    ]  # fmt: skip
+    config = load_recipe(write(tmp_path, MINIMAL), overrides)
+    assert config.optim.learning_rate == 1e-4
+    assert config.guide is not None and config.guide.model == "other"
+    assert config.data.sources[0].columns.negatives == ("a", "b")
+    assert config.data.sources[0].label == "one"
+    assert config.optim.max_grad_norm is None and config.batch.global_size == 64
+    assert config.evaluate.tasks == ("STS12",)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.steps", "override 'optim.steps' is not of the form section.key=value"),
+        ("data.sources.4.path=x", "override 'data.sources.4.path=x': '4' is no index of a list of 1"),
+        ("name.deep=x", "override 'name.deep=x': name is 'run', which has no keys"),
+        ("batch.globalsize=8", "unknown key 'batch.globalsize'; did you mean 'global_size'?"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path, override, expected):
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(tmp_path, MINIMAL), [override])
+    assert expected in str(caught.value)
+
+
+def test_the_written_recipe_reads_back_equal():
+    config = parse_config(changed(guide={"model": "g"}, data__sources=[{"path": "a/b.c.parquet"}, {"path": "x/*.csv"}]))
+    assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+    assert [source.label for source in config.data.sources] == ["b", "*.csv"]
+
+
+def test_a_missing_recipe_is_named_with_the_packaged_ones(tmp_path):
+    for recipe in (str(tmp_path / "none.yaml"), str(tmp_path), "quickstrat"):
+        with pytest.raises(UserError, match=r"no such recipe file, and no packaged recipe.*quickstart") as caught:
+            load_recipe(recipe)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="File name too long"):
+        load_recipe("x" * 300)
+
+
+def test_packaged_recipes_are_valid():
+    assert "quickstart" in packaged_recipes()
+    for name in packaged_recipes():
+        assert isinstance(load_recipe(name), RunConfig)
+
+
+def test_anchors_work_and_a_yaml_bomb_costs_nothing(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: run\nstudent: &m {model: m}\nguide: *m\ndata: {sources: [{path: a}]}\n")
+    assert load_recipe(str(path)).guide.model == "m"
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+    path.write_text(bomb + "name: *a11\nstudent: {model: *a11}\ndata: {sources: *a11}\n")
+    started = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(path))
+    assert time.monotonic() - started < 5
+    assert len(str(caught.value)) < 5000
+
+
+def test_nothing_is_executed_from_a_recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(str(path))
+    with pytest.raises(UserError):
+        load_recipe(
+            write(tmp_path, MINIMAL), [f"student.dropout=!!python/object/apply:os.system ['touch {tmp_path}/ran']"]
+        )
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_is_no_recipe_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    for content, expected in (
+        (b"- 1\n", "a recipe is a mapping of sections; found list"),
+        (b"", "a recipe is a mapping of sections; found NoneType"),
+        (b"a: [1\n", "not valid YAML"),
+        ("name: é".encode("latin-1"), "can't be read as UTF-8 text"),
+        (b"1: 2\n", "keys should be strings"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            load_recipe(str(path))
+        assert expected in str(caught.value)
+
+
+def test_long_values_are_shown_short():
+    assert len(SHORT.repr("x" * 10_000)) < 300
+
+
+def test_help_and_typos_answer_without_torch_and_ray():
+    code = (
+        "import sys; from gist_dist.cli import main; status = main(['train', 'quickstart', 'batch.globalsize=4']); "
+        "assert not {'torch', 'ray', 'transformers', 'datasets'} & set(sys.modules), sorted(sys.modules)\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == "gist-dist: quickstart: unknown key 'batch.globalsize'; did you mean 'global_size'?\n"
