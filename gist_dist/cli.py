@@ -110,7 +110,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from gist_dist.doctor import examine
+    from gist_dist.on_ray.doctor import examine
 
     verdict = examine(arguments.address)
     print("\n".join(verdict.lines()))

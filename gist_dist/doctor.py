@@ -48,11 +48,8 @@ class Verdict:
         return [*lines, "", f"{summary}{f', {warnings} to look at' if warnings else ''}"]
 
 
-def examine(address: str | None = None) -> Verdict:
-    """Look at everything, also past failures. With an address: at the cluster there, and not at a Ray of our own."""
-    from gist_dist.on_ray.doctor import examine_cluster, examine_local_ray
-
-    ray = (lambda: examine_cluster(address)) if address else examine_local_ray
+def examine_machine(look_at_ray: Callable[[], list[Finding]]) -> Verdict:
+    """Look at everything, also past failures; Ray last."""
     looks: list[tuple[str, Callable[[], list[Finding]]]] = [
         ("python", _python),
         ("packages", _packages),
@@ -63,7 +60,7 @@ def examine(address: str | None = None) -> Verdict:
         ("shared memory", _shared_memory),
         ("hub", _hub),
         ("process group", _process_group),
-        ("Ray", ray),
+        ("Ray", look_at_ray),
     ]
     findings = []
     for name, look in looks:

@@ -8,7 +8,7 @@ import pytest
 from gist_dist import doctor
 from gist_dist.cli import main
 from gist_dist.config import ClusterConfig
-from gist_dist.doctor import Finding, Verdict, examine
+from gist_dist.doctor import Finding, Verdict
 from gist_dist.errors import UserError
 
 
@@ -24,6 +24,8 @@ def states(findings: list[Finding]) -> dict[str, str]:
 
 @pytest.mark.ray
 def test_this_machine_is_healthy(ray_session):
+    from gist_dist.on_ray.doctor import examine
+
     verdict = examine()
     found = states(verdict.findings)
     assert verdict.healthy, verdict.lines()

@@ -102,8 +102,8 @@ def test_run_leaves_what_the_design_lists(runs):
     line = read_metrics(folder / "metrics.jsonl")[0]
     for key in (
         "step loss grad_norm learning_rate world_size pairs_per_second tokens_per_second padding_fraction "
-        "masked_fraction masked_fraction_ap masked_fraction_aa masked_fraction_pp masked_fraction_an rows_without_negatives seconds "
-        "peak_memory_bytes"
+        "masked_fraction masked_fraction_ap masked_fraction_aa masked_fraction_pp masked_fraction_an "
+        "rows_without_negatives seconds peak_memory_bytes"
     ).split():
         assert key in line, key
     assert {"encode", "guide", "gather", "loss", "scatter", "backward", "optimizer", "step"} <= line["seconds"].keys()

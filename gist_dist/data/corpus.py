@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 TEXTS_PER_BATCH = 2**14
+PROGRESS_SECONDS = 5
 Tokens = tuple[np.ndarray, np.ndarray]
 """Token ids of all texts, joined, and the number of tokens of each."""
 
@@ -234,7 +235,7 @@ def _write(
         pa.ipc.new_file(row_sink, ROW_SCHEMA) as row_file,
     ):
         for number, source in enumerate(sources):
-            started = time.monotonic()
+            started = shown = time.monotonic()
             prompts = _prompts(config, source)
             for rows in _numbered(source, prompts, interner):
                 rows["source"] = np.full(len(rows["anchor"]), number, dtype=np.int32)
@@ -244,6 +245,8 @@ def _write(
                 _update(content, batch)
                 while len(interner.pending) >= TEXTS_PER_BATCH:
                     text_file.write_batch(_tokenized(interner, student, guide, same_tokenizer))
+                if time.monotonic() - shown > PROGRESS_SECONDS:
+                    shown = time.monotonic()
                     progress(f"{source.report.name}: {source.report.rows_read:,} rows read")
             _refuse_unusable(source, config)
             seconds = time.monotonic() - started

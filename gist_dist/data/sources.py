@@ -247,7 +247,8 @@ class SourceFile:
         stream = self.filesystem.open_input_stream(self.path, compression="detect")
         return pa.csv.open_csv(
             stream,
-            read_options=pa.csv.ReadOptions(block_size=16 * 2**20),
+            # Without threads, errors name the row.
+            read_options=pa.csv.ReadOptions(block_size=16 * 2**20, use_threads=False),
             parse_options=pa.csv.ParseOptions(
                 newlines_in_values=True, delimiter="\t" if _suffix(self.name) == ".tsv" else ","
             ),

@@ -6,11 +6,16 @@ import time
 import ray
 
 from gist_dist.config import ClusterConfig
-from gist_dist.doctor import Finding
+from gist_dist.doctor import Finding, Verdict, examine_machine
 from gist_dist.errors import UserError
 from gist_dist.on_ray.cluster import connected
 
 REACH_TIMEOUT_S = 60
+
+
+def examine(address: str | None = None) -> Verdict:
+    """This machine and, with an address, the cluster there in place of a Ray of our own."""
+    return examine_machine((lambda: examine_cluster(address)) if address else examine_local_ray)
 
 
 def examine_local_ray() -> list[Finding]:

@@ -78,6 +78,7 @@ def evaluate_one_model(
     cluster = ClusterConfig(address=address)
     with connected(cluster):
         failures = _evaluate_all({label: Model(str(path))}, evaluate, cluster, Path(folder).absolute())
+    logger.info("MTEB's result files are in %s", Path(folder).absolute() / label)
     return failures.get(label, {})
 
 
