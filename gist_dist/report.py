@@ -406,14 +406,6 @@ def _warnings(run: Run, training: dict[str, Any]) -> Iterable[tuple[str, str]]:
             "loss_not_falling",
             f"The loss did not fall: {first:.4g} in the first steps, {last:.4g} in the last.",
         )
-    if (training["clipped_fraction"] or 0) > 0.5:
-        share, norm = _percent(training["clipped_fraction"]), training["grad_norm_median"]
-        limit = _section(run.config, "optim")["max_grad_norm"]
-        yield (
-            "gradient_clipped",
-            f"The gradient was clipped on {share} of the steps (median norm {norm:.3g}, optim.max_grad_norm "
-            f"{limit:g}): the limit sets how long the steps are.",
-        )
     yield from _guide_warnings(run, training)
     if (training["rows_without_negatives_fraction"] or 0) > 0.01:
         share = _percent(training["rows_without_negatives_fraction"])

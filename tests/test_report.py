@@ -367,7 +367,6 @@ def test_secrets_of_the_recipe_are_not_shown(tmp_path):
     [
         ("non_finite_loss", {"loss": float("nan")}, {}),
         ("loss_not_falling", {"loss": 2.0}, {}),
-        ("gradient_clipped", {"grad_norm": 3.0}, {}),
         ("nothing_masked", {"masked_fraction": 0.0, "masked_fraction_ap": 0.0}, {}),
         ("much_masked", {"masked_fraction": 0.7}, {}),
         ("guide_ranks_positives_low", {"masked_fraction_ap": 0.6}, {}),
