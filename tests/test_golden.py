@@ -44,6 +44,7 @@ def golden_run(folder: Path) -> list[dict[str, float]]:
             *sources,
             student={"dropout": 0.1},
             batch={"global_size": 24, "chunk_tokens": 128},
+            tracking={"tensorboard": True},
             optim={"steps": 20, "learning_rate": 1e-3, "max_grad_norm": 1.0},
         )
     )
@@ -64,5 +65,6 @@ def test_golden_losses(tmp_path):
     for key in KEYS:
         # Other processors round otherwise, and 20 steps carry it on.
         np.testing.assert_allclose([x[key] for x in lines], [x[key] for x in golden["steps"]], rtol=1e-3, err_msg=key)
+    assert list(tmp_path.glob("tiny/tensorboard/events.*")), "no TensorBoard events"
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert any(line["masked_fraction"] > 0 for line in lines)

@@ -24,6 +24,7 @@ WORKER_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "TOKENIZERS_PARALLELISM": "false",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS does not promise equal bits twice
 }
 
 

@@ -4,7 +4,10 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 LOG_NAME = "train.log"
 FAILURE_NAME = "failure.json"
@@ -12,8 +15,6 @@ FAILURE_NAME = "failure.json"
 
 def train_worker(payload: dict[str, Any]) -> None:
     """Load what a worker hosts and train. A UserError ends the run on all ranks, without Ray's retries."""
-    import torch
-
     from gist_dist.collectives import World
     from gist_dist.config import parse_config
     from gist_dist.data.corpus import Corpus
@@ -24,11 +25,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     config = parse_config(payload["recipe"])
     world = World.current()
     _log_to_file(config.run_dir, world.rank)
-    device = torch.device(f"cuda:{torch.cuda.current_device()}" if payload["use_gpu"] else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(payload["threads"])
-    else:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    device = _prepare_device(payload)
     try:
         student = Student(config.student, device)
         guide = Guide(config.guide, device) if config.guide else None
@@ -36,6 +33,20 @@ def train_worker(payload: dict[str, Any]) -> None:
     except UserError as error:
         if world.rank == 0:
             (config.run_dir / FAILURE_NAME).write_text(json.dumps({"error": str(error)}))
+
+
+def _prepare_device(payload: dict[str, Any]) -> "torch.device":
+    """This worker's GPU (all of a node's are visible to each of its workers), or the CPU with its share of threads."""
+    import torch
+    from ray.train.torch import get_device
+
+    if not payload["use_gpu"]:
+        torch.set_num_threads(payload["threads"])
+        return torch.device("cpu")
+    device = get_device()
+    torch.cuda.set_device(device)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return device
 
 
 def _log_to_file(run_dir: Path, rank: int) -> None:
