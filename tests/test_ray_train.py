@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
@@ -148,6 +149,17 @@ def test_user_error_in_a_worker_is_one_sentence_and_is_not_retried(ray_session, 
     config = recipe(tmp_path, rows, minilm, minilm_l2, 2, name="explodes", loss={"temperature": 1e-45})
     with pytest.raises(UserError, match=r"step 1: the loss is (nan|inf)"):
         train_and_evaluate(config)
+
+
+def test_a_local_ray_leaves_another_one_alone(ray_session):
+    """A second driver on this machine starts its own Ray, runs a task on it and stops it, and ours lives on."""
+    nodes = ray.nodes()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [sys.executable, "-m", "gist_dist.cli", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert "started, ran a task and stopped" in done.stdout, done.stdout + done.stderr
+    assert ray.get(ray.remote(lambda: "alive").remote(), timeout=60) == "alive"
+    assert [node["NodeID"] for node in ray.nodes() if node["Alive"]] == [node["NodeID"] for node in nodes]
 
 
 def test_more_workers_than_the_cluster_has_are_refused():
