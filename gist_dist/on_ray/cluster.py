@@ -36,7 +36,7 @@ def connected(config: ClusterConfig) -> Iterator[dict[str, float]]:
     """
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(config)
     import ray
 
     if ray.is_initialized():  # a caller's own session: theirs to stop
@@ -109,6 +109,11 @@ def _runtime_env(config: ClusterConfig) -> dict[str, Any]:
     environment = dict(config.runtime_env)
     environment["env_vars"] = WORKER_ENVIRONMENT | dict(environment.get("env_vars", {}))
     return environment
+
+
+def address_of(config: ClusterConfig) -> str | None:
+    """None: a local Ray of our own."""
+    return config.address or os.environ.get("RAY_ADDRESS")
 
 
 def gpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float:

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gist_dist.checkpoint import latest_intact
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.data.sampler import Sampler
@@ -19,7 +18,7 @@ from gist_dist.encoder import Guide, Student
 from gist_dist.errors import UserError
 from gist_dist.evaluation import check_tasks
 from gist_dist.model_card import write_model_card
-from gist_dist.on_ray.cluster import check_resources, connected, cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.cluster import address_of, check_resources, connected, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.evaluation import evaluate_models
 from gist_dist.on_ray.worker import FAILURE_NAME, LOG_NAME, train_worker
 from gist_dist.report import Summary, build_report
@@ -101,11 +100,8 @@ def _fit(config: RunConfig, corpus: Corpus, run: RunFolder, resources: dict[str,
     cpus, gpus = cpus_per_worker(cluster, resources), gpus_per_worker(cluster, resources)
     failure = run.folder / FAILURE_NAME
     failure.unlink(missing_ok=True)
-    checkpoint = latest_intact(run.folder / "checkpoints")
-    if checkpoint:
-        logger.info("resuming after step %d", checkpoint.step)
     logger.info("starting %d worker%s on Ray", cluster.num_workers, "s" * (cluster.num_workers > 1))
-    trainer = _trainer_class()(
+    trainer = _trainer_class(local=address_of(cluster) is None)(
         train_worker,
         train_loop_config={
             "recipe": config.model_dump(mode="json"),
@@ -139,20 +135,23 @@ def _fit(config: RunConfig, corpus: Corpus, run: RunFolder, resources: dict[str,
         raise UserError(json.loads(failure.read_text())["error"])
 
 
-def _trainer_class() -> Any:
-    """TorchTrainer without the placement group cleaner.
+def _trainer_class(local: bool) -> Any:
+    """TorchTrainer; on a local Ray without the placement group cleaner.
 
-    The cleaner asks the machine's first dashboard whether the controller lives; another Ray on the same machine has
-    none of it, and the live placement group is removed (Ray 2.60).
+    The cleaner asks the machine's first dashboard whether the controller lives. If that is another Ray's, it knows
+    nothing of ours, and the live placement group is removed (Ray 2.60). The method is private: without it, all stays.
     """
     from ray.train.torch import TorchTrainer
+
+    if not local or not hasattr(TorchTrainer, "_create_default_callbacks"):
+        return TorchTrainer
 
     class LocalTorchTrainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
             return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
-    return LocalTorchTrainer if hasattr(TorchTrainer, "_create_default_callbacks") else TorchTrainer
+    return LocalTorchTrainer
 
 
 def _explain(error: Exception, log: Path) -> str:
