@@ -35,17 +35,17 @@ class ActivationBudget:
     @contextmanager
     def measured(self, num_tokens: int) -> Iterator[None]:
         """Count the bytes that autograd saves within, weights excepted, each storage once."""
-        storages: dict[int, int] = {}
+        storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice within
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._weights:
-                storages[storage.data_ptr()] = storage.nbytes()
+                storages[storage.data_ptr()] = storage
             return tensor.detach()  # a saved output that kept its own graph would be a reference cycle
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
-        saved = sum(storages.values())
+        saved = sum(storage.nbytes() for storage in storages.values())
         self.used_bytes += saved
         self.bytes_per_token = max(self.bytes_per_token, saved / max(1, num_tokens))
 
