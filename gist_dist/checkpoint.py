@@ -6,7 +6,6 @@ A checkpoint counts only with its COMMIT.json, which is written last and holds t
 import hashlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gist_dist.errors import UserError
+from gist_dist.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ def save_checkpoint(
     save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps({"step": step, **state}))
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in folder.iterdir()}
-    _write_durably(folder / COMMIT, json.dumps({"step": step, "files": files}, indent=1))
+    commit = json.dumps({"step": step, "files": files}, indent=1)
+    write_atomically(folder / COMMIT, lambda file: file.write_text(commit, encoding="utf-8"))
     for old in committed(checkpoints)[:-keep]:
         shutil.rmtree(old.folder, ignore_errors=True)
     return Checkpoint(folder, step)
@@ -120,12 +121,3 @@ def _damage(folder: Path) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    aside = path.with_suffix(".tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

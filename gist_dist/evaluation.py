@@ -13,7 +13,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from gist_dist.config import EvaluateConfig
 from gist_dist.errors import UserError
 from gist_dist.evaluation_sets import check_column, listed, one_line, own_task
+from gist_dist.files import write_atomically
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -162,19 +163,6 @@ def content_hash(folder: Path, skip: str | None = None) -> str:
                 while block := stream.read(1 << 20):
                     digest.update(block)
     return digest.hexdigest()
-
-
-def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
-    """A reader, also after a crash, sees the file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        write(aside)
-        with aside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _details_file(folder: Path, task: str) -> Path:

@@ -11,6 +11,7 @@ import torch
 
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan
+from gist_dist.files import write_atomically
 from gist_dist.loss import PARTS
 from gist_dist.step import StepResult
 
@@ -20,9 +21,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_after: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_after]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(path)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:

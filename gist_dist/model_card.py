@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist.errors import UserError
-from gist_dist.evaluation import write_atomically
+from gist_dist.files import write_atomically
 from gist_dist.report import Run, TaskRow, judge, read_run
 
 CITATION = """\

@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from gist_dist.errors import UserError
-from gist_dist.evaluation import Score, read_results, write_atomically
+from gist_dist.evaluation import Score, read_results
+from gist_dist.files import write_atomically
 from gist_dist.plots import BLOCKS, Plot, write_plots
 
 

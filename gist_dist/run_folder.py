@@ -18,6 +18,7 @@ from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.errors import UserError
+from gist_dist.files import write_atomically
 
 MIN_FREE_BYTES = 200 * 2**20
 PACKAGES = ("torch", "ray", "transformers", "sentence-transformers", "datasets", "mteb", "pyarrow", "numpy")
@@ -91,7 +92,8 @@ class RunFolder:
             "duplicates_admitted": epoch.duplicates_admitted,
             "content": corpus.manifest["content"],
         }
-        _write(self.folder / "data.json", json.dumps(summary, indent=1))
+        text = json.dumps(summary, indent=1)
+        write_atomically(self.folder / "data.json", lambda file: file.write_text(text, encoding="utf-8"))
 
     def _check_writable(self) -> None:
         try:
@@ -125,10 +127,12 @@ class RunFolder:
 
     def _write_config(self, environment: dict[str, Any]) -> None:
         tree = self.config.model_dump(mode="json") | {"environment": environment}
-        _write(self.folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        write_atomically(self.folder / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
     def _write_state(self, state: str) -> None:
-        _write(self.folder / "state.json", json.dumps({"state": state}))
+        text = json.dumps({"state": state})
+        write_atomically(self.folder / "state.json", lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -169,12 +173,6 @@ def _flat(tree: Any, prefix: str = "") -> Any:
             yield from _flat(value, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, tree
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _now() -> str:

@@ -60,7 +60,7 @@ def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
     """
     config, world, clock = trainee.config, trainee.world, Clock(trainee.student.device)
     chunks = plan.student_chunks
-    hands = deal(chunks, world.size)
+    hands, guide_hands = deal(chunks, world.size), deal(plan.guide_chunks, world.size)
     own = hands[world.rank]
 
     def encode(chunk: int) -> Tensor:
@@ -70,12 +70,12 @@ def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
     with clock("encode"):
         embeddings = first_pass(encode, own, [chunks[c].padded_tokens for c in own], trainee.activations)
     with clock("guide"):
-        guide_rows = None if trainee.guide is None else _encode_guide(trainee, plan)
+        guide_rows = None if trainee.guide is None else _encode_guide(trainee, plan, guide_hands[world.rank])
     with clock("gather"):
         local = _stack([e.detach() for e in embeddings.values()], trainee.student)
         student_rows = _gather_texts(local, chunks, hands, world)
         if guide_rows is not None:
-            guide_rows = _gather_texts(guide_rows, plan.guide_chunks, deal(plan.guide_chunks, world.size), world)
+            guide_rows = _gather_texts(guide_rows, plan.guide_chunks, guide_hands, world)
     with clock("loss"):
         batch = _batch_index(plan, student_rows.device)
         blocks = row_blocks(batch, config.loss, config.batch.loss_gb * 1e9)
@@ -98,9 +98,8 @@ def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
     return StepResult(totals.pop("loss"), grad_norm, totals, clock.seconds)
 
 
-def _encode_guide(trainee: Trainee, plan: BatchPlan) -> Tensor:
-    """The guide's embeddings of the texts dealt to this worker, by chunk."""
-    own = deal(plan.guide_chunks, trainee.world.size)[trainee.world.rank]
+def _encode_guide(trainee: Trainee, plan: BatchPlan, own: list[int]) -> Tensor:
+    """The guide's embeddings of the texts of this worker's chunks."""
     texts = [plan.texts[plan.guide_chunks[c].texts] for c in own]
     return _stack([trainee.guide.encode(trainee.corpus.guide_tokens(t)) for t in texts], trainee.guide)
 

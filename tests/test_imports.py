@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "gist_dist"
 
 LAYERS = {
-    "config": 0, "errors": 0, "hub": 0,
+    "config": 0, "errors": 0, "files": 0, "hub": 0,
     "data": 1, "loss": 1, "gradcache": 1, "collectives": 1, "encoder": 1, "optim": 1, "checkpoint": 1,
     "step": 2,
     "metrics": 3,

@@ -23,9 +23,9 @@ from gist_dist.evaluation import (
     finished_score,
     model_identity,
     read_result,
-    write_atomically,
 )
 from gist_dist.evaluation_sets import one_line
+from gist_dist.files import write_atomically
 from gist_dist.on_ray.cluster import connected, gpus_per_worker
 
 logger = logging.getLogger(__name__)
