@@ -54,8 +54,8 @@ class StudentConfig(Section):
 class GuideConfig(Section):
     """The frozen model that tells false negatives."""
 
-    model: str = Field(min_length=1)
-    """Hub id or folder of a SentenceTransformer."""
+    model: str | None = Field(None, min_length=1)
+    """Hub id or folder of a SentenceTransformer. Left out in mode self; with refresh, null starts from the student."""
     revision: str | None = None
     """Hub revision."""
     max_tokens: int | None = Field(None, ge=3)
@@ -64,10 +64,24 @@ class GuideConfig(Section):
     """Prompt per role; a source can override it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the guide's weights and matrix products; its embeddings leave it as fp32."""
-    mode: Literal["online"] = "online"
-    """online: the guide encodes every batch's texts within the step."""
+    mode: Literal["online", "cache", "self"] = "online"
+    """online: the guide encodes every batch's texts within the step. cache: it encodes every text of the corpus once,
+    before training, and steps read that. self: the student's own embeddings of the step serve as the guide's."""
+    refresh: int | None = Field(None, ge=1)
+    """After every so many steps the guide becomes a frozen copy of the student as it then is; null: never."""
+    cache_dir: str | None = None
+    """Where guide embeddings are kept, one folder for each guide; a path or URI that all nodes reach. By default
+    output_dir/guide_cache."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you say so."""
+
+    @model_validator(mode="after")
+    def _model_or_student(self) -> "GuideConfig":
+        if self.mode == "self" and (self.model or self.refresh):
+            raise ValueError("mode self takes the step's own student embeddings; leave out model and refresh")
+        if self.mode != "self" and self.model is None and self.refresh is None:
+            raise ValueError("model is missing; name a guide, or set mode: self, or refresh to start from the student")
+        return self
 
 
 def _as_list(value: Any) -> Any:
@@ -75,13 +89,29 @@ def _as_list(value: Any) -> Any:
 
 
 class Columns(Section):
-    """Which columns hold the roles."""
+    """Which columns hold the roles, or the text and the label of a classification set."""
 
     anchor: str = "anchor"
     positive: str = "positive"
     negatives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_list)] = None
     """One list column, one text column, or several text columns; a null means no negative there. Left out,
     'negatives' or 'negative' is taken where the file has it; [] takes none."""
+    text: str | None = None
+    """Of a classification set: its texts. With label, in place of the roles: the source is made into triplets."""
+    label: str | None = None
+    """Of a classification set: the class of each text."""
+    instructions: Literal["drop", "prepend"] | None = None
+    """Cells are [instruction, text] pairs, as in MEDI: drop takes the text alone, prepend both, joined."""
+
+    @model_validator(mode="after")
+    def _both(self) -> "Columns":
+        if (self.text is None) != (self.label is None):
+            raise ValueError("text and label go together: a classification set needs both")
+        return self
+
+    @property
+    def is_classification(self) -> bool:
+        return self.text is not None
 
 
 class SourcePrompts(Section):
@@ -89,6 +119,25 @@ class SourcePrompts(Section):
 
     student: RolePrompts | None = None
     guide: RolePrompts | None = None
+
+
+class Filters(Section):
+    """Rows with a text outside these bounds are dropped and counted; null: no bound. Prompts don't count."""
+
+    min_characters: int | None = Field(None, ge=1)
+    max_characters: int | None = Field(None, ge=1)
+    min_words: int | None = Field(None, ge=1)
+    max_words: int | None = Field(None, ge=1)
+
+
+class Triplets(Section):
+    """How a classification set becomes triplets (GISTEmbed's MTEBcls): for every text, the positive is drawn from
+    the texts of its label that the guide finds nearest, the negative from all texts of other labels."""
+
+    temperature: float = Field(0.05, gt=0)
+    """Of the softmax over the guide's similarities that the positive is drawn by."""
+    neighbors: int = Field(100, ge=1)
+    """How many nearest texts of the same label the positive is drawn from."""
 
 
 class SourceConfig(Section):
@@ -111,6 +160,11 @@ class SourceConfig(Section):
     """How often an epoch takes each row: 2 takes all rows twice, 0.5 a fresh random half of them."""
     max_rows: int | None = Field(None, ge=1)
     """Only the first so many rows are read."""
+    filters: Filters = Filters()
+    split_by: str | None = None
+    """A column whose every value makes a source of its own, as task_name in MEDI; each with this weight."""
+    triplets: Triplets = Triplets()
+    """For a classification set (columns.text and columns.label)."""
 
     @property
     def label(self) -> str:
@@ -127,10 +181,17 @@ class DataConfig(Section):
     mixing: Literal["homogeneous", "mixed"] = "homogeneous"
     """homogeneous: a batch holds rows of one source; only what is left of each, less than a batch, is mixed.
     mixed: rows of all sources are shuffled together."""
+    temperature: float = Field(1.0, ge=1)
+    """Sources share an epoch in proportion to (rows × weight)^(1/temperature). 1: in proportion, every row once. More
+    raises the small sources; an epoch stays as long, and no row comes again before all of its source came."""
     unusable_rows: Literal["drop", "error"] = "drop"
     """Rows with an empty, missing or non-text anchor, positive or negative: drop counts and names them, error stops."""
     cache_dir: str | None = None
-    """Where prepared corpora are kept, one folder for each content; by default output_dir/corpora."""
+    """Where prepared corpora are kept, one folder for each content; a path or URI (s3://, gs://, hdfs://) that all
+    nodes reach. By default output_dir/corpora."""
+    local_copy: str | None = None
+    """Folder on each node's own disk that workers copy the corpus and guide cache to before they read them. null: read
+    in place, or a folder for temporary files where the place is a URI."""
 
     @model_validator(mode="after")
     def _something(self) -> "DataConfig":
@@ -260,9 +321,33 @@ class RunConfig(Section):
         return Path(self.output_dir).expanduser().absolute() / self.name
 
     @property
-    def corpora_dir(self) -> Path:
-        folder = self.data.cache_dir or Path(self.output_dir) / "corpora"
-        return Path(folder).expanduser().absolute()
+    def corpora_dir(self) -> str:
+        """A path or URI."""
+        return self._cache_dir(self.data.cache_dir, "corpora")
+
+    @property
+    def guide_cache_dir(self) -> str:
+        """A path or URI."""
+        return self._cache_dir(self.guide.cache_dir if self.guide else None, "guide_cache")
+
+    @property
+    def has_guide_model(self) -> bool:
+        """Whether a model besides the student tells false negatives: not without a guide, nor in mode self."""
+        return self.guide is not None and self.guide.mode != "self"
+
+    @property
+    def guide_or_student(self) -> GuideConfig | None:
+        """The guide that training starts with: with refresh and no model, the untrained student."""
+        if not self.has_guide_model or self.guide.model:
+            return self.guide
+        student = self.student
+        same = ("model", "revision", "max_tokens", "prompts", "precision", "trust_remote_code")
+        return self.guide.model_copy(update={key: getattr(student, key) for key in same})
+
+    def _cache_dir(self, folder: str | None, default: str) -> str:
+        if folder and "://" in folder:
+            return folder.rstrip("/")
+        return str(Path(folder or Path(self.output_dir) / default).expanduser().absolute())
 
     def absolute_paths(self) -> "RunConfig":
         """The same recipe for a process with another working directory (a Ray worker)."""
@@ -271,7 +356,7 @@ class RunConfig(Section):
             tasks = str(Path(evaluate.local_tasks).expanduser().absolute())
             evaluate = evaluate.model_copy(update={"local_tasks": tasks})
         student = student.model_copy(update={"model": _absolute_model(student.model)})
-        if guide:
+        if guide and guide.model:
             guide = guide.model_copy(update={"model": _absolute_model(guide.model)})
         output_dir = str(Path(self.output_dir).expanduser().absolute())
         return self.model_copy(

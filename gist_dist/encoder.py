@@ -2,13 +2,14 @@
 
 # Axes:  t texts of one chunk   l tokens of its longest text   d width
 
+import copy
 import hashlib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Sequence
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gist_dist.config import GuideConfig, RolePrompts, StudentConfig
+from gist_dist.data.tokens import TextTokenizer, Tokens, backend_tokens
 from gist_dist.errors import UserError
 from gist_dist.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from tokenizers import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,9 @@ TOKENIZER_PROBES = (
     "naïve Ünï 東京 😀",
     "[MASK] </s>",
 )
+
+WORD_MARKS = ("▁", "Ġ")
+"""How vocabularies spell the bare beginning of a word."""
 
 
 class Encoder:
@@ -60,27 +64,31 @@ class Encoder:
     def device(self) -> torch.device:
         return self.model.device
 
-    def tokenize(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of all texts, joined, and the number of tokens of each; exactly what model.encode would see."""
-        if self._backend_suffices:
-            return _tokenize(self.model.tokenizer.backend_tokenizer, texts)
-        parts = [self._preprocess(texts[start : start + 256]) for start in range(0, len(texts), 256)]
-        return np.concatenate([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+        return self.tokenizer(texts)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """What turns texts into token ids, apart from the weights."""
+        own = self.model.tokenizer
+        silent = {own.unk_token_id, own.cls_token_id, own.sep_token_id, own.bos_token_id, own.eos_token_id}
+        silent |= {own.pad_token_id, *map(own.convert_tokens_to_ids, WORD_MARKS)}
+        return TextTokenizer(
+            fingerprint=self.fingerprint(),
+            max_tokens=self.model.max_seq_length,
+            meaningless=np.array(sorted(silent - {None}), dtype=np.int32),
+            tokens_of=partial(backend_tokens, own.backend_tokenizer)
+            if self._backend_suffices
+            else Preprocess(self.model, self.config),
+        )
 
     @cached_property
     def _backend_suffices(self) -> bool:
         """Whether the bare tokenizer gives what the model's preprocessing gives, which pads and takes twice as long."""
         backend = getattr(self.model.tokenizer, "backend_tokenizer", None)
-        expected = self._preprocess(TOKENIZER_PROBES)  # also sets the backend's truncation
-        return backend is not None and all(map(np.array_equal, _tokenize(backend, TOKENIZER_PROBES), expected))
-
-    def _preprocess(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        features = self.model.preprocess(list(texts))
-        real = features["attention_mask"].bool()
-        if features.get("token_type_ids") is not None:
-            assert not features["token_type_ids"][real].any(), "single texts are expected to be of type 0"
-        ids = features["input_ids"][real].numpy().astype(np.int32)
-        return ids, real.sum(dim=1).numpy().astype(np.int32)
+        expected = Preprocess(self.model, self.config)(TOKENIZER_PROBES)  # also sets the backend's truncation
+        return backend is not None and all(map(np.array_equal, backend_tokens(backend, TOKENIZER_PROBES), expected))
 
     def fingerprint(self) -> str:
         """Of everything that turns a text into token ids."""
@@ -113,6 +121,29 @@ class Encoder:
         return F.normalize(wide, dim=-1)
 
 
+class Preprocess:
+    """Texts to token ids by the model's own preprocessing; unpickled, it loads the model again."""
+
+    def __init__(self, model: "SentenceTransformer", config: StudentConfig | GuideConfig) -> None:
+        self.model, self.config = model, config
+
+    def __call__(self, texts: Sequence[str]) -> Tokens:
+        features = self.model.preprocess(list(texts))
+        real = features["attention_mask"].bool()
+        if features.get("token_type_ids") is not None:
+            assert not features["token_type_ids"][real].any(), "single texts are expected to be of type 0"
+        ids = features["input_ids"][real].numpy().astype(np.int32)
+        return ids, real.sum(dim=1).numpy().astype(np.int32)
+
+    def __reduce__(self) -> tuple:
+        return _load_preprocess, (self.config,)
+
+
+def _load_preprocess(config: StudentConfig | GuideConfig) -> Preprocess:
+    section = "student" if isinstance(config, StudentConfig) else "guide"
+    return Preprocess(Encoder(config, section).model, config)
+
+
 class Student(Encoder):
     """The model that is trained."""
 
@@ -142,6 +173,17 @@ class Student(Encoder):
         self.model.max_seq_length = training_limit
 
 
+def save_model(student: Student, folder: Path) -> None:
+    """Written aside and renamed, so that a model folder is always whole."""
+    aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    student.save(aside)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 class Guide(Encoder):
     """The frozen model that tells false negatives."""
 
@@ -152,8 +194,20 @@ class Guide(Encoder):
             self.model.to(torch.bfloat16)
 
     def encode(self, tokens: Sequence[np.ndarray]) -> Float[Tensor, "t e"]:
+        """Rounded to fp16, which the guide cache keeps, so that cached and online runs score the same numbers."""
         with torch.inference_mode():
-            return self.embed(tokens)
+            embeddings = self.embed(tokens)
+            return embeddings.half().to(embeddings.dtype)
+
+    @classmethod
+    def copy_of(cls, student: Student, config: GuideConfig) -> "Guide":
+        """The student as it now is, frozen."""
+        guide = cls.__new__(cls)
+        guide.config, guide.width, guide.own_max_tokens = config, student.width, student.own_max_tokens
+        guide.model = copy.deepcopy(student.model).eval().requires_grad_(False)
+        if config.precision == "bf16":
+            guide.model.to(torch.bfloat16)
+        return guide
 
 
 def load_sentence_transformer(
@@ -183,13 +237,6 @@ def load_sentence_transformer(
     if kind != "Transformer":
         raise UserError(f"{section}.model: '{config.model}' begins with {kind}; only transformer models are supported")
     return model
-
-
-def _tokenize(backend: "Tokenizer", texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    backend.no_padding()
-    ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts))]
-    lengths = np.fromiter(map(len, ids), np.int32, len(ids))
-    return np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths
 
 
 def override_dropout(model: nn.Module, probability: float) -> None:

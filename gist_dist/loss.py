@@ -3,6 +3,9 @@
 GISTEmbed (Solatorio 2024, arXiv 2402.16829): candidates that the guide finds closer to the anchor than the row's own
 positive are false negatives and leave the softmax. Without a guide it is InfoNCE. The gradient is written out instead
 of left to autograd: one block's scores are the only rows × candidates memory there ever is, reused in place.
+
+A row's own positive is identical to itself, so that the rule for identical texts takes it, like the row's own anchor
+and positive in aa and pp, out of the candidates; with s⁺ its score, the loss is log(1 + Σ exp(s/τ) / exp(s⁺/τ)).
 """
 
 # Axes:  g rows of the global batch   b rows of one block   u unique texts   n hard negatives of all rows
@@ -10,6 +13,7 @@ of left to autograd: one block's scores are the only rows × candidates memory t
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +23,9 @@ from gist_dist.config import LossConfig
 
 PARTS = ("ap", "aa", "pp", "an")
 """The blocks of similarities: anchor-positive, anchor-anchor, positive-positive, anchor-negative."""
+
+TIE = 2e-6  # rounding and exact ties never count as closer: scores come from fp32 products of fp16-rounded embeddings
+_SLICE = 1024  # candidates whose guide scores, masks and gradients are worked on at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,11 @@ def row_blocks(batch: BatchIndex, config: LossConfig, budget_bytes: float) -> li
     The cut knows nothing of workers, so that a block's matrix products, and with them the guide's verdict on near
     ties, are bit for bit the same whoever computes them.
     """
-    parts = batch.parts(config)
-    num_candidates = sum(len(candidates) for _, candidates in parts.values())
-    widest = max(len(candidates) for _, candidates in parts.values())
-    # Scores; guide scores, masks and counts of one part, while those of the part before are being replaced.
-    bytes_per_row = 4 * num_candidates + 12 * widest
+    widths = [len(candidates) for _, candidates in batch.parts(config).values()]
+    # Scores; guide scores and masks of one slice.
+    bytes_per_row = 4 * sum(widths) + 7 * min(max(widths), _SLICE)
     in_budget = max(1, int(budget_bytes // bytes_per_row))
-    to_share = max(32, -(-batch.num_rows // 128))  # enough blocks that workers get equal numbers of rows
+    to_share = max(64, -(-batch.num_rows // 128))  # enough blocks that workers get equal numbers of rows
     size = min(in_budget, to_share)
     return [range(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
 
@@ -88,11 +93,19 @@ def gist_loss(
     batch: BatchIndex,
     blocks: Iterable[range],
     config: LossConfig,
+    kernel: bool | None = None,
 ) -> LossShare:
     """Loss and gradient of the rows in ``blocks`` against every candidate of the global batch.
 
-    Embeddings are unit vectors in fp32 (or fp64); a guide of None means InfoNCE.
+    Student embeddings are unit vectors in fp32 (or fp64); the guide's may be fp16, and a guide of None means InfoNCE.
+    kernel: whether loss_kernel.py computes it, which None leaves to the device: it does for fp32 on CUDA.
     """
+    if kernel is None:
+        kernel = student.is_cuda and student.dtype == torch.float32 and find_spec("triton") is not None
+    if kernel:
+        from gist_dist.loss_kernel import fused_share
+
+        return fused_share(student, guide, batch, blocks, config)
     scorer = _Scorer(student, guide, batch, config)
     for block in blocks:
         scorer.add(block)
@@ -103,8 +116,13 @@ def false_negatives(
     guide_scores: Float[Tensor, "b c"], guide_positive: Float[Tensor, "b 1"], config: LossConfig
 ) -> Bool[Tensor, "b c"]:
     """Candidates that the guide finds closer than the row's own positive, less the margin."""
+    return guide_scores > guide_threshold(guide_positive, config)
+
+
+def guide_threshold(guide_positive: Float[Tensor, "*b"], config: LossConfig) -> Float[Tensor, "*b"]:
+    """The guide score above which a candidate is a false negative."""
     scale = guide_positive.abs() if config.margin_kind == "relative" else 1.0
-    return guide_scores > guide_positive - scale * config.margin
+    return guide_positive - scale * config.margin + TIE
 
 
 class _Scorer:
@@ -112,102 +130,112 @@ class _Scorer:
 
     def __init__(self, student: Tensor, guide: Tensor | None, batch: BatchIndex, config: LossConfig) -> None:
         assert student.dtype in (torch.float32, torch.float64), "similarities need fp32"
-        self.batch, self.config = batch, config
-        self.student = student.detach()
-        self.parts = batch.parts(config)
-        self.width = sum(len(candidates) for _, candidates in self.parts.values())
-        texts = {"anchor": batch.anchors, "positive": batch.positives, "negative": batch.negatives}
-        self.rows = {role: self.student[index] for role, index in texts.items()}
-        self.guide_rows = {} if guide is None else {role: guide[index] for role, index in texts.items()}
-        self.identity = {role: batch.identity[index] for role, index in texts.items()}
-        self.gradients = {role: torch.zeros_like(rows, dtype=torch.float64) for role, rows in self.rows.items()}
-        self.texts = texts
+        self.batch, self.config, self.num_texts = batch, config, len(student)
+        # Anchors last: what they are scored against is then one piece from the start, with or without themselves.
+        self.texts = torch.cat([batch.positives, batch.negatives, batch.anchors])
+        self.students = student.detach()[self.texts]
+        self.guides = None if guide is None else guide.to(student.dtype)[self.texts]
+        self.identity = batch.identity[self.texts]
+        self.gradients = torch.zeros_like(self.students, dtype=torch.float64)
         self.loss = student.new_zeros((), dtype=torch.float64)
-        names = [f"{count}_{part}" for count in ("candidates", "masked") for part in self.parts]
+        self.slices = _slices(batch, config)
+        parts = batch.parts(config)
+        names = [f"{count}_{part}" for count in ("candidates", "masked") for part in parts]
         names += ["identical_dropped", "rows_without_negatives", "positive_similarity", "guide_positive_similarity"]
         self.counts = {name: student.new_zeros((), dtype=torch.float64) for name in names}
+        self.width = sum(len(candidates) for _, candidates in parts.values())
+        self.anchor_width = self.width - batch.num_rows * config.contrast_positives
 
     def add(self, block: range) -> None:
-        rows, device = slice(block.start, block.stop), self.student.device
-        own = torch.arange(len(block), device=device), torch.arange(block.start, block.stop, device=device)
-        scores = self.student.new_empty(len(block), self.width)
-        kept = self.student.new_zeros(len(block), dtype=torch.int64)
-        for part, columns in self._columns().items():
-            query, candidates = _ROLES[part]
-            part_scores = scores[:, columns]
-            torch.mm(self.rows[query][rows], self.rows[candidates].T, out=part_scores)
-            identical = self._identical(rows, candidates)
-            if part == "ap":
-                identical[own] = False  # a row's own positive is never dropped
-            dropped = identical
-            if self.guide_rows:
-                guide_scores = self.guide_rows[query][rows] @ self.guide_rows[candidates].T
-                if part == "ap":  # comes first; read off the same product, so that equal texts tie exactly
-                    guide_positive = guide_scores[own].unsqueeze(1)
-                    self.counts["guide_positive_similarity"] += guide_positive.sum()
-                masked = false_negatives(guide_scores, guide_positive, self.config) & ~identical
-                if part == "ap":
-                    masked[own] = False
-                self.counts[f"masked_{part}"] += _per_row(masked).sum()
-                dropped = identical | masked
-            num_identical = _per_row(identical).sum()
-            num_self = len(block) if part in ("aa", "pp") else 0
-            self.counts["identical_dropped"] += num_identical - num_self
-            self.counts[f"candidates_{part}"] += identical.numel() - num_identical
-            kept += dropped.shape[1] - _per_row(dropped)
-            part_scores.masked_fill_(dropped, -torch.inf)
-        self.counts["candidates_ap"] -= len(block)  # own positives are no candidates for masking
-        self.counts["rows_without_negatives"] += (kept == 1).sum()
-        self.counts["positive_similarity"] += scores[own].sum()
-        self._add_loss(scores, own)
-        self._add_gradient(scores, rows, own)
+        first_anchor = len(self.texts) - self.batch.num_rows
+        rows = {
+            "anchor": slice(first_anchor + block.start, first_anchor + block.stop),
+            "positive": slice(block.start, block.stop),
+        }
+        scores = self._scores(rows)
+        self._drop(scores, rows)
+        self._add_loss_and_gradient(scores, rows)
 
-    def _identical(self, rows: slice, candidates: str) -> Bool[Tensor, "b c"]:
-        """Candidates the student can't tell from the row's anchor or positive; in aa and pp, the row itself too."""
-        anchor, positive = (self.identity[role][rows].unsqueeze(1) for role in ("anchor", "positive"))
-        return (self.identity[candidates] == anchor) | (self.identity[candidates] == positive)
+    def _scores(self, rows: dict[str, slice]) -> Float[Tensor, "b all"]:
+        """Every candidate's similarity / τ: an anchor's candidates, then its positive's."""
+        anchors, positives = (self.students[rows[role]] / self.config.temperature for role in ("anchor", "positive"))
+        scores = self.students.new_empty(len(anchors), self.width)
+        torch.mm(anchors, self.students[: self.anchor_width].T, out=scores[:, : self.anchor_width])
+        if self.config.contrast_positives:
+            torch.mm(positives, self.students[: self.batch.num_rows].T, out=scores[:, self.anchor_width :])
+        return scores
 
-    def _columns(self) -> dict[str, slice]:
-        columns, start = {}, 0
-        for part, (_, candidates) in self.parts.items():
-            columns[part] = slice(start, start + len(candidates))
-            start += len(candidates)
-        return columns
+    def _drop(self, scores: Float[Tensor, "b all"], rows: dict[str, slice]) -> None:
+        """Scores of -inf for identical texts, the row's own among them, and for false negatives; counted."""
+        anchor, positive = (self.identity[rows[role]].unsqueeze(1) for role in ("anchor", "positive"))
+        if self.guides is not None:
+            guide_positive = (self.guides[rows["anchor"]] * self.guides[rows["positive"]]).sum(dim=1, keepdim=True)
+            self.counts["guide_positive_similarity"] += guide_positive.sum()
+        for part, table, columns in self.slices:
+            identity = self.identity[table]
+            dropped = (identity == anchor).logical_or_(identity == positive)
+            num_identical = dropped.count_nonzero()
+            self.counts["identical_dropped"] += num_identical
+            self.counts[f"candidates_{part}"] += dropped.numel() - num_identical
+            if self.guides is not None:
+                query = self.guides[rows["positive" if part == "pp" else "anchor"]]
+                dropped |= false_negatives(query @ self.guides[table].T, guide_positive, self.config)
+                self.counts[f"masked_{part}"] += dropped.count_nonzero() - num_identical
+            scores[:, columns].masked_fill_(dropped, -torch.inf)
+        for part in self.batch.parts(self.config):
+            if part != "an":
+                self.counts["identical_dropped"] -= len(scores)  # the row itself
 
-    def _add_loss(self, scores: Float[Tensor, "b all"], own: tuple[Tensor, Tensor]) -> None:
-        """Leaves softmax(scores / τ) in place of the scores; torch.logsumexp would need as much memory again."""
-        scores /= self.config.temperature
+    def _add_loss_and_gradient(self, scores: Float[Tensor, "b all"], rows: dict[str, slice]) -> None:
+        """In place of the scores: torch.logsumexp and softmax would need as much memory again."""
+        anchors, positives = self.students[rows["anchor"]], self.students[rows["positive"]]
+        similarity = (anchors * positives).sum(dim=1, dtype=torch.float64)
         largest = scores.amax(dim=1)
-        above_positive = largest - scores[own]
-        scores.sub_(largest.unsqueeze(1)).exp_()
-        total = scores.sum(dim=1)
-        self.loss += (total.log() + above_positive).sum(dtype=torch.float64) / self.batch.num_rows
-        scores /= total.unsqueeze(1)
+        self.counts["rows_without_negatives"] += (largest == -torch.inf).sum()
+        self.counts["positive_similarity"] += similarity.sum()
+        largest.clamp_(min=torch.finfo(scores.dtype).min)
+        weights = scores.sub_(largest.unsqueeze(1)).exp_()
+        total = weights.sum(dim=1).double()
+        # log of the negatives' weight against the positive's
+        excess = total.log() + largest - similarity / self.config.temperature
+        softplus = torch.logaddexp(excess, torch.zeros_like(excess))
+        self.loss += softplus.sum() / self.batch.num_rows
+        slope = 1 / (self.config.temperature * self.batch.num_rows)
+        normalise = (largest - similarity / self.config.temperature - softplus).exp() * slope
+        normalise, pull = normalise.to(scores.dtype).unsqueeze(1), (excess.sigmoid() * slope).unsqueeze(1)
 
-    def _add_gradient(self, softmax: Float[Tensor, "b all"], rows: slice, own: tuple[Tensor, Tensor]) -> None:
-        softmax[own] -= 1
-        softmax /= self.config.temperature * self.batch.num_rows
-        for part, columns in self._columns().items():
-            query, candidates = _ROLES[part]
-            d_scores = softmax[:, columns]
-            self.gradients[query][rows] += d_scores @ self.rows[candidates]
-            self.gradients[candidates] += d_scores.T @ self.rows[query][rows]
+        self.gradients[rows["anchor"]] -= pull * positives
+        self.gradients[rows["positive"]] -= pull * anchors
+        from_candidates = weights[:, : self.anchor_width] @ self.students[: self.anchor_width]
+        self.gradients[rows["anchor"]] += from_candidates.mul_(normalise)
+        if self.config.contrast_positives:
+            from_candidates = weights[:, self.anchor_width :] @ self.students[: self.batch.num_rows]
+            self.gradients[rows["positive"]] += from_candidates.mul_(normalise)
+
+        anchors, positives = anchors * normalise, positives * normalise
+        for part, table, columns in self.slices:
+            if part == "pp":
+                continue  # taken together with ap, whose candidates are the same
+            from_rows = weights[:, columns].T @ anchors
+            if part == "ap" and self.config.contrast_positives:
+                columns = slice(self.anchor_width + columns.start, self.anchor_width + columns.stop)
+                from_rows.addmm_(weights[:, columns].T, positives)
+            self.gradients[table] += from_rows
 
     def share(self) -> LossShare:
-        gradient = torch.zeros_like(self.student, dtype=torch.float64)
-        for role, index in self.texts.items():
-            gradient.index_add_(0, index, self.gradients[role])
-        return LossShare(self.loss, gradient, self.counts)
+        gradient = self.gradients.new_zeros(self.num_texts, self.students.shape[1])
+        return LossShare(self.loss, gradient.index_add_(0, self.texts, self.gradients), self.counts)
 
 
-def _per_row(mask: Bool[Tensor, "b c"]) -> Int[Tensor, "b"]:
-    """How many are true. On CPU torch sums a copy of the mask in the type of the result: not in int64, then."""
-    return mask.sum(dim=1, dtype=torch.int32)
-
-
-_ROLES = {
-    "ap": ("anchor", "positive"),
-    "aa": ("anchor", "anchor"),
-    "pp": ("positive", "positive"),
-    "an": ("anchor", "negative"),
-}
+def _slices(batch: BatchIndex, config: LossConfig) -> list[tuple[str, slice, slice]]:
+    """Candidates by part: where they stand in the tables (positives, negatives, anchors) and in a block's scores."""
+    tables = {"ap": 0, "an": batch.num_rows, "aa": batch.num_rows + len(batch.negatives), "pp": 0}
+    slices, column, parts = [], 0, batch.parts(config)
+    for part in sorted(parts, key=list(tables).index):
+        num_candidates = len(parts[part][1])
+        for start in range(0, num_candidates, _SLICE):
+            stop = min(start + _SLICE, num_candidates)
+            table, columns = (slice(first + start, first + stop) for first in (tables[part], column))
+            slices.append((part, table, columns))
+        column += num_candidates
+    return slices

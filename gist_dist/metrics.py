@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gist_dist.data.accounts import repeated_texts
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan
 from gist_dist.files import write_atomically
@@ -71,10 +72,11 @@ def metrics_line(
         "padding_fraction": 1 - plan.num_tokens / plan.padded_tokens,
         "masked_fraction": sum(masked.values()) / max(1.0, sum(candidates.values())),
         **{f"masked_fraction_{p}": masked[p] / candidates[p] if candidates[p] else None for p in PARTS},
+        "repeated_texts": repeated_texts(corpus, plan.rows),
         "identical_dropped": int(counts["identical_dropped"]),
         "rows_without_negatives": int(counts["rows_without_negatives"]),
         "positive_similarity": counts["positive_similarity"] / rows,
-        "guide_positive_similarity": counts["guide_positive_similarity"] / rows if plan.guide_chunks else None,
+        "guide_positive_similarity": counts["guide_positive_similarity"] / rows if result.is_guided else None,
         "sources": {name: n for name, n in zip(corpus.source_names, sources, strict=True) if n},
         "seconds": {phase: round(seconds, 6) for phase, seconds in result.seconds.items()}
         | {"step": round(step_seconds, 6)},

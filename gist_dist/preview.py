@@ -1,5 +1,6 @@
 """`gist-dist plan`: what a recipe would run, and what it would cost. Trains nothing."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +9,23 @@ import numpy as np
 from torch import nn
 
 from gist_dist.config import RunConfig
-from gist_dist.data.corpus import Corpus, prepare
+from gist_dist.data.accounts import source_accounts
+from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan, Chunk, deal, plan_batch
 from gist_dist.data.sampler import Epoch, Sampler
 from gist_dist.encoder import Encoder, Guide, Student
 from gist_dist.gradcache import ActivationBudget
+from gist_dist.guide_cache import open_guide_cache
 
 SAMPLED_BATCHES = 8
+SHOWN_SOURCES, SHOWN_REASONS = 30, 10
+"""Of a recipe with many sources: lines of the table, and sources whose drops or repeats are explained."""
+NAME_WIDTH, PAGE_WIDTH = 32, 140
+CACHED_BYTES_PER_NUMBER = 2
+TEXTS_CUT = ("student_cut", "guide_cut")
+"""Of a source: texts longer than the model's limit of tokens."""
+NOT_SUMMED = ("batches", "distinct_texts")
+"""Sources share them."""
 TRAINING_BYTES_PER_PARAMETER = 24
 """Weights 4, gradients 4, their fp64 sums 8, Adam's two means 8."""
 
@@ -29,15 +40,26 @@ class ModelSize:
     """Parameters without embedding tables: what a token is multiplied with."""
     num_bytes: int
 
-    def forward_flops(self, num_tokens: float) -> float:
-        return 2 * self.num_encoding * num_tokens
+    def forward_flops(self, num_tokens: float | int) -> float:
+        return 2.0 * self.num_encoding * num_tokens
+
+
+@dataclass(frozen=True)
+class GuideInputs:
+    """What a guide cache holds: every distinct input of the corpus once."""
+
+    number: int
+    num_tokens: int
+    num_missing: int
+    """Not in the cache yet."""
+    missing_tokens: int
 
 
 @dataclass(frozen=True)
 class Preview:
     config: RunConfig
     sources: list[dict[str, Any]]
-    """Of the corpus manifest, with the rows that an epoch takes as `rows_per_epoch`."""
+    """What source_accounts tells."""
     num_rows: int
     num_texts: int
     rows_per_epoch: int
@@ -46,9 +68,11 @@ class Preview:
     epoch: Epoch
     """The first."""
     plans: list[BatchPlan]
-    """Of batches spread over the first epoch."""
+    """Of batches spread over the first epoch, as if the guide were online."""
     student: ModelSize
     guide: ModelSize | None
+    """None without a guide, and where the student is its own."""
+    guide_inputs: GuideInputs | None
     activation_bytes_per_token: float
     """Measured on the longest text of the plans."""
 
@@ -60,6 +84,7 @@ class Preview:
             "Batches": self._batches(),
             "Memory of each worker (estimates)": self._memory(),
             "Cost": self._cost(),
+            "Guide": self._guide(),
         }
         config = self.config
         title = f"{config.name}: {self.num_steps:,} steps of {config.batch.global_size:,} rows"
@@ -67,40 +92,125 @@ class Preview:
         body = [line for heading, lines in sections.items() for line in ("", heading, *(f"  {line}" for line in lines))]
         return [f"{title} on {workers}", *body]
 
+    @property
+    def guide_flops(self) -> float:
+        """Of the guide online, in a step."""
+        if self.guide is None:
+            return 0.0
+        tokens = [sum(chunk.padded_tokens for chunk in plan.guide_chunks) for plan in self.plans]
+        return self.guide.forward_flops(float(np.mean(tokens)))
+
+    @property
+    def student_flops(self) -> float:
+        """Of a step: forward, forward again for chunks that were not kept, backward as two."""
+        tokens = float(np.mean([plan.padded_tokens for plan in self.plans]))
+        return (4 - self.kept_share) * self.student.forward_flops(tokens)
+
+    @property
+    def kept_share(self) -> float:
+        """Of the chunks, those whose activations fit the budget and that are encoded once."""
+        tokens = np.mean([plan.padded_tokens for plan in self.plans]) / self.config.cluster.num_workers
+        return min(1.0, self.config.batch.activation_gb * 1e9 / (tokens * self.activation_bytes_per_token))
+
+    @property
+    def cache_flops(self) -> float:
+        """Of filling the guide cache for the whole run: what is missing, and after each refresh what is read until the
+        next one."""
+        inputs, refresh = self.guide_inputs, self.config.guide.refresh
+        whole = self.guide.forward_flops(inputs.num_tokens)
+        renewals = range(refresh, self.num_steps, refresh) if refresh else ()
+        return self.guide.forward_flops(inputs.missing_tokens) + sum(
+            min(whole, min(refresh, self.num_steps - step) * self.guide_flops) for step in renewals
+        )
+
     def _models(self) -> list[str]:
         table = [("", "parameters", "in embeddings", "width", "tokens at most", "model")]
-        for role, size in (("student", self.student), ("guide", self.guide)):
-            if size is None:
-                table.append((role, "none: plain InfoNCE", "", "", "", ""))
-                continue
-            embeddings = size.num_parameters - size.num_encoding
-            counts = f"{size.num_parameters / 1e6:,.1f} M", f"{embeddings / 1e6:,.1f} M", f"{size.width:,}"
-            table.append((role, *counts, str(size.max_tokens or "no limit"), size.model))
+        table.append(("student", *_model_cells(self.student)))
+        if self.guide is not None:
+            table.append(("guide", *_model_cells(self.guide)))
+        else:
+            kind = "the student's own embeddings (mode self)" if self.config.guide else "none: plain InfoNCE"
+            table.append(("guide", "", "", "", "", kind))
         return _aligned(table, left=(0, 5))
 
     def _data(self) -> list[str]:
-        table = [("source", "rows read", "dropped", "used", "weight", "share of epoch")]
-        for source, recipe in zip(self.sources, self.config.data.sources, strict=True):
-            counts = (source["rows_read"], sum(source["dropped"].values()), source["rows_used"])
-            share = source["rows_per_epoch"] / self.rows_per_epoch
-            table.append((source["name"], *(f"{n:,}" for n in counts), f"{recipe.weight:g}", f"{share:.1%}"))
-        dropped = [f"{s['name']}: dropped {r}: {n:,} rows" for s in self.sources for r, n in s["dropped"].items()]
-        texts = f"{self.num_rows:,} rows with {self.num_texts:,} distinct texts, each encoded once a batch"
-        return [*_aligned(table), *dropped, texts]
+        lines = self._source_table()
+        for source in self.config.data.sources:
+            if bounds := source.filters.model_dump(exclude_none=True):
+                told = ", ".join(f"{bound.replace('_', ' ')} {number:,}" for bound, number in bounds.items())
+                lines += _wrapped(f"{source.label}: filtered by {told}")
+        dropped = [
+            f"{source['name']}: dropped {source['rows_dropped']:,} of {source['rows_read']:,} rows: "
+            + ", ".join(f"{reason} ({number:,})" for reason, number in source["dropped"].items())
+            + "".join(f"; the first (counting from 0): {where}" for where in source["first_dropped"][:1])
+            for source in self.sources
+            if source["dropped"]
+        ]
+        repeats = [
+            f"{source['name']}: {_number(source['duplicates_admitted'], 'text')} an epoch must repeat within a batch: "
+            + source["why_duplicates"]
+            for source in sorted(self.sources, key=lambda source: -source["duplicates_admitted"])
+            if source["duplicates_admitted"]
+        ]
+        lines += [*_first_of(dropped, "sources with dropped rows"), *_first_of(repeats, "sources with repeated texts")]
+        return [*lines, f"{self.num_rows:,} rows with {self.num_texts:,} distinct texts, each encoded once a batch"]
+
+    def _source_table(self) -> list[str]:
+        """Every source, or the largest of many and the others as one line."""
+        counts = {
+            "rows read": "rows_read",
+            "dropped": "rows_dropped",
+            "used": "rows_used",
+            "an epoch": "rows_per_epoch",
+            "batches": "batches",
+            "distinct texts": "distinct_texts",
+            "cut": "student_cut",
+            "cut for guide": "guide_cut",
+            "moved": "rows_moved",
+            "repeats": "duplicates_admitted",
+        }
+        if not any(source.get(key) for source in self.sources for key in TEXTS_CUT):
+            counts = {heading: key for heading, key in counts.items() if key not in TEXTS_CUT}
+
+        def cells(name: str, *sources: dict[str, Any]) -> tuple[str, ...]:
+            several = len(sources) > 1
+            sums = (
+                "" if several and key in NOT_SUMMED else f"{sum(source.get(key) or 0 for source in sources):,}"
+                for key in counts.values()
+            )
+            weight = "" if several else f"{sources[0]['weight']:g}"
+            share = sum(source["share_of_epoch"] for source in sources)
+            return (textwrap.shorten(name, NAME_WIDTH, placeholder="…"), *sums, weight, f"{share:.1%}")
+
+        shown, rest = self.sources, []
+        if len(self.sources) > SHOWN_SOURCES:
+            largest = sorted(self.sources, key=lambda source: -source["rows_per_epoch"])
+            shown, rest = largest[: SHOWN_SOURCES - 1], largest[SHOWN_SOURCES - 1 :]
+        table = [("source", *counts, "weight", "share of epoch")]
+        table += [cells(source["name"], source) for source in shown]
+        if rest:
+            table.append(cells(f"… and {len(rest):,} more", *rest))
+        if len(self.sources) > 1:
+            table.append(cells("in all", *self.sources))
+        return _aligned(table)
 
     def _steps(self) -> list[str]:
-        size = self.config.batch.global_size
+        config, size = self.config, self.config.batch.global_size
         mixing = {
             "homogeneous": "a batch is of one source; what is left of each is mixed",
             "mixed": "a batch mixes rows of all sources",
         }
+        shares = "in proportion to rows × weight"
+        if config.data.temperature > 1:
+            shares = f"in proportion to (rows × weight)^(1/{config.data.temperature:g})"
         sizes = sorted({len(batch) for batch in self.epoch.batches} - {size})
         other = f", but one of {sizes[0]:,}" if sizes else ""
         epochs = self.num_steps / self.steps_per_epoch
         return _pairs(
             ("an epoch", f"{self.rows_per_epoch:,} rows = {self.steps_per_epoch:,} steps of {size:,} rows{other}"),
             ("the run", f"{self.num_steps:,} steps = {epochs:,.2f} epochs = {self.num_steps * size:,} pairs seen"),
-            ("mixing", f"{self.config.data.mixing}: {mixing[self.config.data.mixing]}"),
+            ("mixing", f"{config.data.mixing}: {mixing[config.data.mixing]}"),
+            ("shares", f"{shares}; no row comes again before all of its source came"),
             (
                 "same texts",
                 f"{self.epoch.rows_moved:,} rows of the first epoch changed batches so that no text is twice in one, "
@@ -133,18 +243,24 @@ class Preview:
         ]
 
     def _memory(self) -> list[str]:
-        batch = self.config.batch
+        batch, guide = self.config.batch, self.config.guide
         texts = max(len(plan.texts) for plan in self.plans)
-        widths = self.student.width + (self.guide.width if self.guide else 0)
         chunk = max(chunk.padded_tokens for plan in self.plans for chunk in plan.student_chunks)
+        loaded = self.guide is not None and guide.mode == "online"
+        no_weights = {None: "none", "self": "the student is its own", "cache": "not loaded: its embeddings are read"}
         table = [
             (
                 "student",
                 self.student.num_parameters * TRAINING_BYTES_PER_PARAMETER,
                 "weights, gradients and Adam's means",
             ),
-            ("guide", self.guide.num_bytes if self.guide else 0, "weights"),
-            ("embeddings", texts * widths * 4, f"of all {texts:,} texts of a batch, fp32"),
+            ("guide", self.guide.num_bytes if loaded else 0, "weights" if loaded else no_weights[guide and guide.mode]),
+            (
+                "embeddings",
+                texts * self.student.width * 2 * 4,
+                f"the student's, of all {texts:,} texts of a batch, and their gradients, fp32",
+            ),
+            ("", texts * (self.guide.width if self.guide else 0) * 4, "the guide's, fp32"),
             ("loss", batch.loss_gb * 1e9, "at most: batch.loss_gb"),
             (
                 "one chunk",
@@ -160,38 +276,56 @@ class Preview:
         )
 
     def _cost(self) -> list[str]:
-        workers, plans = self.config.cluster.num_workers, self.plans
-        tokens = np.mean([plan.padded_tokens for plan in plans])
-        student = 4 * self.student.forward_flops(tokens)  # forward, forward again, backward as two
-        bytes_a_worker = tokens / workers * self.activation_bytes_per_token
-        kept = min(1.0, self.config.batch.activation_gb * 1e9 / bytes_a_worker)
-        student -= kept * self.student.forward_flops(tokens)
-        guide = 0.0
-        if self.guide:
-            guide = self.guide.forward_flops(np.mean([sum(c.padded_tokens for c in p.guide_chunks) for p in plans]))
-        share = f"{guide / (student + guide):.0%} of that is the guide" if self.guide else "there is no guide"
-        total = (student + guide) * self.num_steps
+        workers, is_online = self.config.cluster.num_workers, self.guide and self.config.guide.mode == "online"
+        student, guide = self.student_flops, self.guide_flops if is_online else 0.0
+        filling = self.cache_flops if self.guide and not is_online else 0.0
+        share = f"{guide / (student + guide):.0%} of that is the guide" if is_online else "there is no guide in it"
+        total = (student + guide) * self.num_steps + filling
         return _pairs(
             ("a step", f"about {_flops(student + guide)} in the encoders; {share}"),
             ("the run", f"about {_flops(total)}, {_flops(total / workers)} a worker"),
-            ("caching", f"about {kept:.0%} of the chunks fit batch.activation_gb and are not encoded twice"),
+            ("kept", f"about {self.kept_share:.0%} of the chunks fit batch.activation_gb and are not encoded twice"),
         )
 
+    def _guide(self) -> list[str]:
+        """What the guide costs online and cached, and which is less."""
+        if self.guide is None:
+            return ["costs nothing: no second model, no second forward" if self.config.guide else "there is no guide"]
+        inputs, step, steps = self.guide_inputs, self.guide_flops, self.num_steps
+        share, once = step / (step + self.student_flops), self.guide.forward_flops(inputs.num_tokens)
+        size = _size(inputs.number * self.guide.width * CACHED_BYTES_PER_NUMBER)
+        lines = [
+            ("online", f"{_flops(step)} a step, {share:.0%} of its encoder work; {_flops(step * steps)} the run"),
+            ("cached", f"{inputs.number:,} distinct inputs, {_flops(once)} once, {size} on disk as fp16"),
+        ]
+        if there := inputs.number - inputs.num_missing:
+            lines.append(("", f"{there:,} of them are there, {inputs.num_missing:,} are missing"))
+        if self.config.guide.refresh:
+            lines.append(("", f"with what is read after each refresh, {_flops(self.cache_flops)} the run"))
+        pays = once / (step * self.steps_per_epoch)
+        lines.append(("pays", f"after {pays:,.2f} epochs; the run has {steps / self.steps_per_epoch:,.2f}"))
+        return _pairs(*lines, ("advice", self._advice(step * steps, self.cache_flops, share)))
 
-def preview(config: RunConfig) -> Preview:
-    """Load both models on the CPU, prepare the corpus and plan some batches. UserError as in training."""
-    student = Student(config.student)
-    guide = Guide(config.guide) if config.guide else None
-    corpus = prepare(config, student, guide)
+    def _advice(self, online: float, cached: float, share: float) -> str:
+        mode, saved = self.config.guide.mode, abs(online - cached) / (online + self.student_flops * self.num_steps)
+        if cached < online:
+            verb = "saves" if mode == "cache" else "would save"
+            return f"guide.mode=cache {verb} about {share:.0%} of a step's encoder work, {saved:.0%} of the run's"
+        if mode == "cache":
+            return f"guide.mode=online would save {saved:.0%} of the run's encoder work: it encodes only what is read"
+        return "guide.mode=online: the run reads too little twice for a cache to pay"
+
+
+def preview(config: RunConfig, student: Student, guide: Guide | None, corpus: Corpus) -> Preview:
+    """Plan some batches of a prepared corpus. UserError as in training."""
     sampler = Sampler(corpus, config)
     epoch = sampler.epoch(0)
     steps = np.unique(np.linspace(1, sampler.steps_per_epoch, SAMPLED_BATCHES).round().astype(int)).tolist()
     chunk_tokens = config.batch.chunk_tokens
-    plans = [plan_batch(corpus, sampler.rows(step), step, chunk_tokens, guide is not None) for step in steps]
-    rows = zip(corpus.manifest["sources"], sampler.rows_per_source, strict=True)
+    plans = [plan_batch(corpus, epoch.batches[step - 1], step, chunk_tokens, guide is not None) for step in steps]
     return Preview(
         config=config,
-        sources=[source | {"rows_per_epoch": per_epoch} for source, per_epoch in rows],
+        sources=source_accounts(corpus, sampler),
         num_rows=corpus.num_rows,
         num_texts=corpus.num_texts,
         rows_per_epoch=sampler.rows_per_epoch,
@@ -201,8 +335,19 @@ def preview(config: RunConfig) -> Preview:
         plans=plans,
         student=_model_size(student),
         guide=_model_size(guide) if guide else None,
+        guide_inputs=_guide_inputs(config, guide, corpus) if guide else None,
         activation_bytes_per_token=_activation_bytes(student, corpus, plans),
     )
+
+
+def _guide_inputs(config: RunConfig, guide: Guide, corpus: Corpus) -> GuideInputs:
+    texts = corpus.texts_in_use
+    texts = texts[np.unique(corpus.guide_keys[texts, 0], return_index=True)[1]]
+    missing = texts
+    if config.guide.mode == "cache":
+        missing = texts[open_guide_cache(config, guide).find(corpus.guide_keys[texts]) < 0]
+    lengths = corpus.guide_lengths.astype(np.int64)
+    return GuideInputs(len(texts), int(lengths[texts].sum()), len(missing), int(lengths[missing].sum()))
 
 
 def _model_size(encoder: Encoder) -> ModelSize:
@@ -229,6 +374,12 @@ def _activation_bytes(student: Student, corpus: Corpus, plans: Sequence[BatchPla
     return budget.bytes_per_token
 
 
+def _model_cells(size: ModelSize) -> tuple[str, ...]:
+    embeddings = size.num_parameters - size.num_encoding
+    counts = f"{size.num_parameters / 1e6:,.1f} M", f"{embeddings / 1e6:,.1f} M", f"{size.width:,}"
+    return (*counts, str(size.max_tokens or "no limit"), size.model)
+
+
 def _loads(chunks: Sequence[Chunk], num_workers: int) -> list[int]:
     return [sum(chunks[c].padded_tokens for c in hand) for hand in deal(chunks, num_workers)]
 
@@ -241,6 +392,16 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[
         for pairs in (zip(row, widths, strict=True) for row in rows)
     )
     return [line.rstrip() for line in lines]
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, PAGE_WIDTH, subsequent_indent="    ")
+
+
+def _first_of(texts: Sequence[str], what: str) -> list[str]:
+    lines = [line for text in texts[:SHOWN_REASONS] for line in _wrapped(text)]
+    more = len(texts) - SHOWN_REASONS
+    return [*lines, f"… and {more:,} more {what}"] if more > 0 else lines
 
 
 def _pairs(*pairs: tuple[str, str]) -> list[str]:

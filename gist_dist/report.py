@@ -383,6 +383,7 @@ def summarize_training(run: Run) -> dict[str, Any]:
         "peak_memory_bytes": int(max(_values(metrics, "peak_memory_bytes"), default=0)) or None,
         "world_sizes": list(dict.fromkeys(int(size) for size in _values(metrics, "world_size"))),
         "seconds": _phase_seconds(metrics),
+        "repeated_texts": int(sum(repeated)) if (repeated := _values(metrics, "repeated_texts")) else None,
         "source_rows": _source_rows(metrics),
     }
 

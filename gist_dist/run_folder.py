@@ -15,6 +15,7 @@ import yaml
 
 from gist_dist import __version__
 from gist_dist.config import RunConfig
+from gist_dist.data.accounts import source_accounts
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.errors import UserError
@@ -81,11 +82,13 @@ class RunFolder:
         return state.get("state") == "trained" and (self.folder / "model").is_dir()
 
     def write_data_summary(self, corpus: Corpus, sampler: Sampler) -> None:
+        """data.json: what became of the data, and what the first epoch does with it."""
         epoch = sampler.epoch(0)
         summary = {
-            "sources": corpus.manifest["sources"],
+            "sources": source_accounts(corpus, sampler),
             "num_rows": corpus.num_rows,
             "num_texts": corpus.num_texts,
+            "rows_per_epoch": sampler.rows_per_epoch,
             "steps_per_epoch": sampler.steps_per_epoch,
             "steps": sampler.num_steps,
             "rows_moved": epoch.rows_moved,

@@ -31,6 +31,7 @@ class StepResult:
     """Before clipping."""
     counts: dict[str, float]
     """LossShare.counts, summed over workers."""
+    is_guided: bool
     seconds: dict[str, float] = field(default_factory=dict)
     """By phase, on this worker."""
 
@@ -48,7 +49,9 @@ class Trainee:
         world: World,
     ) -> None:
         self.config, self.corpus, self.world = config, corpus, world
-        self.student, self.guide, self.optimizer = student, guide, optimizer
+        self.student, self.optimizer = student, optimizer
+        self.guide = guide
+        """The model, where it encodes within the step."""
         self.gradients = GradientSums(student.parameters())
         self.activations = ActivationBudget(config.batch.activation_gb * 1e9, student.model)
 
@@ -60,7 +63,7 @@ def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
     """
     config, world, clock = trainee.config, trainee.world, Clock(trainee.student.device)
     chunks = plan.student_chunks
-    hands, guide_hands = deal(chunks, world.size), deal(plan.guide_chunks, world.size)
+    hands = deal(chunks, world.size)
     own = hands[world.rank]
 
     def encode(chunk: int) -> Tensor:
@@ -69,13 +72,11 @@ def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
 
     with clock("encode"):
         embeddings = first_pass(encode, own, [chunks[c].padded_tokens for c in own], trainee.activations)
-    with clock("guide"):
-        guide_rows = None if trainee.guide is None else _encode_guide(trainee, plan, guide_hands[world.rank])
     with clock("gather"):
         local = _stack([e.detach() for e in embeddings.values()], trainee.student)
         student_rows = _gather_texts(local, chunks, hands, world)
-        if guide_rows is not None:
-            guide_rows = _gather_texts(guide_rows, plan.guide_chunks, guide_hands, world)
+    with clock("guide"):
+        guide_rows = _guide_rows(trainee, plan, student_rows)
     with clock("loss"):
         batch = _batch_index(plan, student_rows.device)
         blocks = row_blocks(batch, config.loss, config.batch.loss_gb * 1e9)
@@ -95,13 +96,29 @@ def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
         grad_norm = clip_gradients(trainee.student.parameters(), config.optim.max_grad_norm)
         trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
-    return StepResult(totals.pop("loss"), grad_norm, totals, clock.seconds)
+    return StepResult(totals.pop("loss"), grad_norm, totals, guide_rows is not None, clock.seconds)
 
 
-def _encode_guide(trainee: Trainee, plan: BatchPlan, own: list[int]) -> Tensor:
-    """The guide's embeddings of the texts of this worker's chunks."""
-    texts = [plan.texts[plan.guide_chunks[c].texts] for c in own]
-    return _stack([trainee.guide.encode(trainee.corpus.guide_tokens(t)) for t in texts], trainee.guide)
+def _guide_rows(trainee: Trainee, plan: BatchPlan, student_rows: Tensor) -> Tensor | None:
+    """The guide's embeddings of all unique texts: encoded now, read from the cache, or the student's own."""
+    if trainee.config.guide is None:
+        return None
+    if trainee.config.guide.mode == "self":
+        return student_rows
+    if plan.guide_embeddings is not None:
+        inputs = torch.from_numpy(plan.guide_embeddings).to(student_rows.device)
+    else:
+        inputs = _encode_guide(trainee, plan)
+    return inputs.to(student_rows.dtype)[torch.from_numpy(plan.guide_input_of).to(inputs.device)]
+
+
+def _encode_guide(trainee: Trainee, plan: BatchPlan) -> Tensor:
+    """The guide's embeddings of its distinct inputs; this worker encodes those of its chunks."""
+    chunks, world = plan.guide_chunks, trainee.world
+    hands = deal(chunks, world.size)
+    texts = [plan.guide_inputs[chunks[c].texts] for c in hands[world.rank]]
+    local = _stack([trainee.guide.encode(trainee.corpus.guide_tokens(t)) for t in texts], trainee.guide)
+    return _gather_texts(local.half(), chunks, hands, world)  # exact: they are rounded to fp16
 
 
 def _stack(embeddings: list[Tensor], encoder: Student | Guide) -> Tensor:

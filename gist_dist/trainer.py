@@ -1,20 +1,19 @@
 """The training loop; knows nothing of Ray. Every worker runs it with the same arguments but its rank."""
 
 import logging
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from gist_dist.checkpoint import latest_intact, load_checkpoint, save_checkpoint
+from gist_dist.checkpoint import committed, latest_intact, load_checkpoint, save_checkpoint
 from gist_dist.collectives import World, all_reduce_max, barrier, broadcast_object
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.plan import BatchPlan, plan_batch
 from gist_dist.data.sampler import Sampler
-from gist_dist.encoder import Guide, Student
+from gist_dist.encoder import Guide, Student, save_model
 from gist_dist.errors import UserError
+from gist_dist.guidance import Guidance
+from gist_dist.guide_cache import GuideCache
 from gist_dist.metrics import MetricsFile, metrics_line, peak_memory_bytes
 from gist_dist.optim import build_optimizer, learning_rate, set_learning_rate
 from gist_dist.step import Trainee, train_step
@@ -22,32 +21,33 @@ from gist_dist.step import Trainee, train_step
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, corpus: Corpus, student: Student, guide: Guide | None, world: World) -> None:
+def train(config: RunConfig, corpus: Corpus, student: Student, guide: Guide | GuideCache | None, world: World) -> None:
     """Train to the last step, from the newest intact checkpoint if there is one, and write run_dir/model.
 
-    Checkpoints are our own and not reported to Ray: a report waits for the controller, and Ray's retry only has to
-    call this function again. Raises UserError, on every worker, for a run that can't go on.
+    guide: the model, or in mode cache what it has computed. Checkpoints are our own and not reported to Ray: a report
+    waits for the controller, and Ray's retry only has to call this function again. Raises UserError, on every worker,
+    for a run that can't go on.
     """
     run_dir = config.run_dir
     sampler = Sampler(corpus, config)
     optimizer = build_optimizer(student.model, config.optim)
-    trainee = Trainee(config, corpus, student, guide, optimizer, world)
+    is_cached = isinstance(guide, GuideCache)
+    trainee = Trainee(config, corpus, student, None if is_cached else guide, optimizer, world)
+    guidance = Guidance(trainee, sampler, guide if is_cached else None)
     done = _resume(trainee)
+    guidance.resume(done)
     metrics = MetricsFile(run_dir / "metrics.jsonl", resume_after=done) if world.rank == 0 else None
     writer = _tensorboard(config) if world.rank == 0 else None
     progress = _Progress(sampler.num_steps, done)
 
-    def plan(step: int) -> BatchPlan:
-        return plan_batch(corpus, sampler.rows(step), step, config.batch.chunk_tokens, guide is not None)
-
     with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
-        upcoming = planner.submit(plan, done + 1)
+        upcoming = planner.submit(guidance.plan, done + 1)
         for step in range(done + 1, sampler.num_steps + 1):
             started = time.perf_counter()
             batch = upcoming.result()
             waited = time.perf_counter() - started
-            if step < sampler.num_steps:
-                upcoming = planner.submit(plan, step + 1)
+            if step < sampler.num_steps and not guidance.changes_after(step):
+                upcoming = planner.submit(guidance.plan, step + 1)
             rate = learning_rate(step, sampler.num_steps, config.optim)
             set_learning_rate(optimizer, rate)
             result = train_step(trainee, batch)
@@ -60,27 +60,19 @@ def train(config: RunConfig, corpus: Corpus, student: Student, guide: Guide | No
                 progress.show(line)
             if writer:
                 _write_scalars(writer, line)
+            if guidance.changes_after(step):
+                guidance.renew(step)  # before the checkpoint, which then never lacks its guide
+                upcoming = planner.submit(guidance.plan, step + 1)
             if step == sampler.num_steps or (
                 config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
             ):
-                _checkpoint(trainee, step)
+                _checkpoint(trainee, guidance, step)
     if metrics:
         metrics.close()
         save_model(student, run_dir / "model")
     if writer:
         writer.close()
     barrier(world)
-
-
-def save_model(student: Student, folder: Path) -> None:
-    """Written aside and renamed, so that a model folder is always whole."""
-    aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    student.save(aside)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _resume(trainee: Trainee) -> int:
@@ -111,14 +103,16 @@ def _identity_of_run(trainee: Trainee) -> dict[str, object]:
         "batch.global_size": config.batch.global_size,
         "data.mixing": config.data.mixing,
         "weights": [source.weight for source in config.data.sources],
+        "data.temperature": config.data.temperature,
     }
 
 
-def _checkpoint(trainee: Trainee, step: int) -> None:
+def _checkpoint(trainee: Trainee, guidance: Guidance, step: int) -> None:
     config, world = trainee.config, trainee.world
     if world.rank == 0:
         folder, identity = config.run_dir / "checkpoints", _identity_of_run(trainee)
         save_checkpoint(folder, step, trainee.student.model, trainee.optimizer, identity, config.checkpoint.keep)
+        guidance.collect(checkpoint.step for checkpoint in committed(folder))
     barrier(world)
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gist_dist.config import LossConfig
 
+TIE = 2e-6
+"""By more than this a candidate has to be closer to the guide than the positive, to be a false negative."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -53,7 +56,7 @@ def reference_loss(
                 counts["identical_dropped"] += 1
                 continue
             counts[f"candidates_{part}"] += 1
-            if sigma is not None and sigma[query][text] > threshold:
+            if sigma is not None and sigma[query][text] > threshold + TIE:
                 counts[f"masked_{part}"] += 1
                 continue
             kept.append((query, text))

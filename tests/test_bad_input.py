@@ -5,9 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +15,6 @@ import tiny
 import yaml
 
 from gist_dist.cli import main
-from gist_dist.data.corpus import Corpus
 
 ROWS = [{"anchor": f"amber {a} {b}", "positive": f"basin {b} {a}"} for a in tiny.WORDS[:6] for b in tiny.WORDS[:6]]
 
@@ -91,17 +90,17 @@ def test_missing_file_column_and_split(run, tmp_path):
 def test_rows_without_a_usable_text(run, tmp_path):
     empty = [{"anchor": "", "positive": "p"}, {"anchor": "a", "positive": 3}, {"anchor": "a"}]
     path = tmp_path / "pairs.jsonl"
-    assert run(empty) == (
+    assert run(empty, command="plan") == (
         f"data.sources[0]: {path} has no usable row; 3 of 3 rows: anchor is empty (1), positive is int, not text (1), "
         "positive is missing (1); the first (counting from 0): pairs.jsonl row 0: anchor is empty"
     )
-    assert run([]) == "data.sources[0]: column 'anchor' not in pairs.jsonl (has: none); set columns.anchor"
+    assert run([]) == f"data.sources[0]: {path} is empty"
     pq.write_table(
         pa.table({"anchor": pa.array([], pa.string()), "positive": pa.array([], pa.string())}), tmp_path / "e.parquet"
     )
-    assert run(path=tmp_path / "e.parquet") == f"data.sources[0]: {tmp_path}/e.parquet has no rows"
+    assert run(path=tmp_path / "e.parquet", command="plan") == f"data.sources[0]: {tmp_path}/e.parquet has no rows"
     mended = {"data": {"sources": [{"path": str(path)}], "unusable_rows": "error"}}
-    assert run([*ROWS, empty[2]], **mended) == (
+    assert run([*ROWS, empty[2]], command="plan", **mended) == (
         "data.sources[0]: unusable 1 of 37 rows: positive is missing (1); the first (counting from 0): "
         "pairs.jsonl row 36: positive is missing; mend them or set data.unusable_rows=drop"
     )
@@ -109,7 +108,10 @@ def test_rows_without_a_usable_text(run, tmp_path):
 
 def test_dropped_rows_are_counted_and_named_where_training_goes_on(run, capsys):
     out = run([*ROWS, {"anchor": "a"}, {"anchor": "b", "positive": " "}], command="plan", status=0)
-    assert "dropped positive is missing: 1 row" in out and "dropped positive is empty: 1 row" in out
+    assert (
+        "pairs: dropped 2 of 38 rows: positive is missing (1), positive is empty (1); the first (counting from 0): "
+        in out
+    )
 
 
 def test_a_global_size_above_the_data(run):
@@ -178,6 +180,8 @@ def test_damaged_and_foreign_files(run, tmp_path):
     path = tmp_path / "latin.csv"
     path.write_bytes("anchor,positive\namber,café\n".encode("latin-1"))
     assert run(path=path) == f"data.sources[0]: {path} is not UTF-8 text; convert it"
+    path.write_bytes("anchor,positive\namber,basin\n".encode("utf-16"))
+    assert run(path=path) == f"data.sources[0]: {path} is UTF-16 or UTF-32 text, not UTF-8; convert it"
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"anchor": "a", "positive": "caf\xe9"}\n')
     assert run(path=path) == "data.sources[0]: latin.jsonl line 1 is not UTF-8 text; convert the file"
@@ -188,25 +192,33 @@ def test_a_column_that_changes_type_between_files(run, tmp_path):
     folder.mkdir()
     pq.write_table(pa.Table.from_pylist(ROWS), folder / "0.parquet")
     pq.write_table(pa.table({"anchor": ["a"], "positive": [1.5]}), folder / "1.parquet")
-    assert (
-        run(path=folder)
-        == "data.sources[0]: column 'positive' of 1.parquet holds double, not text; set columns.positive"
+    assert run(path=folder) == (
+        "data.sources[0]: column 'positive' of 1.parquet holds double, not text as in 0.parquet; "
+        "mend that file or leave it out"
     )
 
 
-def test_a_megabyte_and_emoji_are_texts_like_others(tmp_path, models):
+def test_a_megabyte_is_a_text_and_emoji_alone_are_named(tmp_path, models):
     rows = [
-        {"anchor": "amber basin " * 90_000, "positive": "🙂🎉"}, {"anchor": "🙃" * 300, "positive": "\u200b\u00ad"},
-        {"anchor": "a\x00b", "positive": "line\nline\r\n\ttab"}, {"anchor": "שלום עולם", "positive": "ﷺ" * 50},
+        {"anchor": "amber basin " * 90_000, "positive": "amber 🙂🎉"}, {"anchor": "🙃" * 300, "positive": "basin"},
+        {"anchor": "amber\x00basin", "positive": "amber\nbasin\r\n\tcedar"}, {"anchor": "amber", "positive": "🙂🎉"},
+        {"anchor": "שלום amber", "positive": "basin"}, {"anchor": "basin " * 30_000, "positive": "\u200b basin \u00ad"},
     ]  # fmt: skip
+    started = time.process_time()
     config, corpus = tiny.prepared(
         tiny.recipe(tmp_path, *models, tiny.write_jsonl(tmp_path / "x.jsonl", rows), batch={"global_size": 4})
     )
-    assert isinstance(corpus, Corpus) and corpus.num_rows == 4
-    assert corpus.student_lengths.max() == 64 and corpus.student_lengths.min() >= 2
+    assert time.process_time() - started < 10
+    (report,) = corpus.manifest["reports"]
+    assert report["dropped"] == {
+        "anchor has no token that the student knows": 1, "positive has no token that the student knows": 1
+    }  # fmt: skip
+    assert report["first_dropped"][0] == "x.jsonl row 1: anchor has no token that the student knows"
+    assert corpus.num_rows == 4
+    assert corpus.student_lengths.max() == 64 and corpus.student_lengths[corpus.texts_in_use].min() >= 2
     from gist_dist.encoder import Student
 
-    embeddings = Student(config.student).encode(corpus.student_tokens(np.arange(corpus.num_texts)), dropout_seed=(0,))
+    embeddings = Student(config.student).encode(corpus.student_tokens(corpus.texts_in_use), dropout_seed=(0,))
     assert embeddings.isfinite().all()
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,15 @@ import pytest
 import tiny
 
 from gist_dist.config import parse_config
-from gist_dist.data import corpus as module
-from gist_dist.data.corpus import Corpus, prepare
+from gist_dist.data import corpus as corpus_module
+from gist_dist.data import merge, shards
+from gist_dist.data.corpus import Corpus, open_corpus, prepare, run_in_process
+from gist_dist.data.shards import Job
+from gist_dist.data.sources import Source
+from gist_dist.data.tokens import TextTokenizer
 from gist_dist.encoder import Guide, Student
 from gist_dist.errors import UserError
+from gist_dist.storage import open_store
 
 ROWS = [
     {"anchor": "amber basin", "positive": "cedar delta ember", "negatives": ["fjord", "new new new"]},
@@ -44,11 +50,13 @@ def tree(folder: Path, models, *data: Path, **sections) -> dict:
 
 
 def count_tokenized(monkeypatch) -> list[int]:
-    calls, tokenize = [], Student.tokenize
-    monkeypatch.setattr(
-        "gist_dist.encoder.Encoder.tokenize", lambda s, texts: calls.append(len(texts)) or tokenize(s, texts)
-    )
+    calls, tokenize = [], TextTokenizer.__call__
+    monkeypatch.setattr(TextTokenizer, "__call__", lambda s, texts: calls.append(len(texts)) or tokenize(s, texts))
     return calls
+
+
+def files(corpus: Corpus, kind: str) -> list[Path]:
+    return sorted(corpus.folder.glob(f"{kind}-*"))
 
 
 def texts_of(corpus: Corpus) -> list[str]:
@@ -102,6 +110,7 @@ def test_both_ways_to_tokenize_agree(models):
     fingerprint, texts = encoder.fingerprint(), ["amber", "", "word " * 100, "é 東京 😀 [MASK]"] * 200
     assert encoder._backend_suffices
     fast = encoder.tokenize(texts)
+    del encoder.__dict__["tokenizer"]
     encoder.__dict__["_backend_suffices"] = False
     slow = encoder.tokenize(texts)
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(fast, slow, strict=True))
@@ -137,10 +146,10 @@ def test_several_batches_of_texts_are_one_corpus(tmp_path, models, monkeypatch):
     ]
     data = tiny.write_jsonl(tmp_path / "x.jsonl", rows)
     _, whole = tiny.prepared(tree(tmp_path / "a", models, data))
-    monkeypatch.setattr(module, "TEXTS_PER_BATCH", 8)
+    assert len(files(whole, "texts")) == 1
+    monkeypatch.setattr(shards, "BATCH_TEXTS", 8)
     _, parts = tiny.prepared(tree(tmp_path / "b", models, data))
-    monkeypatch.undo()
-    assert len(parts._texts) > 5 > len(whole._texts)
+    assert len(files(parts, "texts")) == 1
     everything = np.arange(whole.num_texts)
     assert texts_of(parts) == texts_of(whole)
     for name in ("anchors", "positives", "identity", "student_lengths", "guide_lengths", "number", "num_negatives"):
@@ -150,9 +159,178 @@ def test_several_batches_of_texts_are_one_corpus(tmp_path, models, monkeypatch):
         assert all(np.array_equal(a, b) for a, b in pairs)
 
 
+def many_rows(num_rows: int, seed: int) -> list[dict]:
+    """Few distinct texts, so that they recur in every shard; all roles, some texts in several of them."""
+    rng = np.random.default_rng(seed)
+    text = lambda: f"amber {rng.integers(60)}" if rng.random() < 0.8 else "😀" * int(rng.integers(1, 4))  # noqa: E731
+    return [
+        {"anchor": text(), "positive": text(), "negatives": [text() for _ in range(rng.integers(4))]}
+        for _ in range(num_rows)
+    ]
+
+
+@pytest.mark.parametrize("shard_texts, shard_references", [(2**17, 2**20), (16, 2**20), (1000, 40)])
+def test_rows_and_text_numbers_do_not_depend_on_where_shards_end(
+    tmp_path, models, monkeypatch, shard_texts, shard_references
+):
+    """Against a corpus made in the plainest way: texts numbered as rows first use them."""
+    rows = many_rows(160, seed=3)
+    usable = [row for row in rows if all(t.isascii() for t in (row["anchor"], row["positive"], *row["negatives"]))]
+    assert 50 < len(usable) < 130
+    expected: dict[str, int] = {}
+    for row in usable:
+        for text in (row["anchor"], row["positive"], *row["negatives"]):
+            expected.setdefault(text, len(expected))
+    paths = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", rows[n * 40 : n * 40 + 40]) for n in range(4)]
+    monkeypatch.setattr(shards, "SHARD_TEXTS", shard_texts)
+    monkeypatch.setattr(shards, "SHARD_REFERENCES", shard_references)
+    monkeypatch.setattr(merge, "BUCKET_TEXTS", 5)
+    _, corpus = tiny.prepared(tree(tmp_path, models, tmp_path / "*.jsonl"))
+    assert len(paths) == 4 and len(files(corpus, "texts")) > (3 if shard_texts == 2**17 else 8)
+    assert texts_of(corpus) == list(expected)
+    assert corpus.anchors.tolist() == [expected[row["anchor"]] for row in usable]
+    assert corpus.positives.tolist() == [expected[row["positive"]] for row in usable]
+    every = np.arange(corpus.num_rows)
+    assert corpus.negatives_of(every).tolist() == [expected[text] for row in usable for text in row["negatives"]]
+    assert corpus.num_negatives.tolist() == [len(row["negatives"]) for row in usable]
+    assert [rows[number] for number in corpus.number] == usable
+    assert corpus.texts_in_use.tolist() == list(range(corpus.num_texts))
+    report = corpus.manifest["sources"][0]
+    assert (report["rows_read"], report["rows_used"]) == (160, len(usable))
+    assert report["num_texts"] == len(expected)
+    student_tokens = corpus.student_tokens(np.arange(corpus.num_texts))
+    assert [len(tokens) for tokens in student_tokens] == corpus.student_lengths.tolist()
+    whole = contents(tmp_path / "whole", models, tiny.write_jsonl(tmp_path / "whole.txt.jsonl", rows))
+    assert corpus.manifest["content"] == whole
+
+
+def test_guide_keys_are_equal_where_the_guide_sees_the_same(tmp_path, models, data):
+    _, corpus = tiny.prepared(tree(tmp_path, models, data, guide={"max_tokens": 3}))
+    ids = [tuple(tokens.tolist()) for tokens in corpus.guide_tokens(np.arange(corpus.num_texts))]
+    keys = [tuple(key) for key in corpus.guide_keys.tolist()]
+    assert len(set(ids)) == len(set(keys)) == len(set(zip(ids, keys, strict=True))) < corpus.num_texts
+    assert corpus.guide_keys.dtype == np.uint64
+    _, alone = tiny.prepared(tree(tmp_path, (models[0], None), data))
+    assert alone.guide_keys.shape == (alone.num_texts, 2) and not alone.guide_keys.any()
+
+
+@pytest.mark.parametrize("prompt", ["", "wide cold: ", "wide"])
+def test_a_row_is_dropped_if_the_student_knows_no_token_of_a_text(tmp_path, models, prompt):
+    """The prompt does not make it known."""
+    good = {"anchor": "amber", "positive": "cedar 😀"}
+    rows = [
+        good,
+        {"anchor": "😀 😀😀", "positive": "cedar"},
+        good | {"negatives": ["delta", "東京", "🚀"]},
+        {"anchor": "amber", "positive": "\u200b"},
+        {"anchor": "delta", "positive": "fjord"},
+    ]
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", rows)
+    prompts = {role: prompt for role in ("anchor", "positive", "negatives")}
+    _, corpus = tiny.prepared(tree(tmp_path, models, path, student={"prompts": prompts}))
+    assert corpus.number.tolist() == [0, 4]
+    assert set(texts_of(corpus)) == {"amber", "cedar 😀", "delta", "fjord"}
+    source = corpus.manifest["sources"][0]
+    assert source["dropped"] == {
+        f"{role} has no token that the student knows": 1 for role in ("anchor", "negative", "positive")
+    }
+    assert source["first_dropped"][1] == "x.jsonl row 2: negative has no token that the student knows"
+    assert (source["rows_read"], source["rows_used"]) == (5, 2)
+
+
+def test_a_source_without_any_known_token_is_refused(tmp_path, models):
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", [{"anchor": "😀", "positive": "🚀"}] * 3)
+    with pytest.raises(
+        UserError, match=r"x\.jsonl has no usable row; 3 of 3 rows: anchor has no token that the student knows \(3\)"
+    ):
+        tiny.prepared(tree(tmp_path, models, path))
+
+
+def test_a_column_splits_a_source(tmp_path, models):
+    tasks = ["b", "a", "b", "c", "a", "b"]
+    rows = [{"anchor": f"amber {i}", "positive": f"basin {i}", "task": task} for i, task in enumerate(tasks)]
+    rows[3]["anchor"] = "😀"  # leaves nothing of c
+    paths = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", rows[n * 2 : n * 2 + 2]) for n in range(3)]
+    assert len(paths) == 3
+    plain = tiny.write_jsonl(tmp_path / "plain.json", [{"anchor": "amber 0", "positive": "delta"}])
+    sources = [
+        {"path": str(plain), "weight": 2},
+        {"path": str(tmp_path / "*.jsonl"), "name": "medi", "split_by": "task"},
+    ]
+    _, corpus = tiny.prepared(tree(tmp_path, models, data={"sources": sources}))
+    assert corpus.source_names == ["plain", "medi/a", "medi/b"]
+    assert [source["recipe_source"] for source in corpus.manifest["sources"]] == [0, 1, 1]
+    assert [source["rows_used"] for source in corpus.manifest["sources"]] == [1, 2, 3]
+    assert corpus.source.tolist() == [0, 2, 1, 2, 1, 2] and corpus.number.tolist() == [0, 0, 1, 2, 4, 5]
+    assert [source["num_texts"] for source in corpus.manifest["sources"]] == [2, 4, 5]  # amber 0 counts for the first
+    assert corpus.manifest["reports"][1]["dropped"] == {"anchor has no token that the student knows": 1}
+
+
+def test_texts_that_reach_the_limit_are_counted(tmp_path, models, data):
+    recipe = tree(tmp_path, models, data, student={"max_tokens": 6}, guide={"max_tokens": 30})
+    _, corpus = tiny.prepared(recipe)
+    source = corpus.manifest["sources"][0]
+    assert source["num_student_cut"] == (corpus.student_lengths == 6).sum() == 3
+    assert source["num_guide_cut"] == 2 and source["num_texts"] == corpus.num_texts
+
+
+def test_unusable_rows_stop_also_when_they_were_dropped_before(tmp_path, models):
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", [*ROWS, {"anchor": "😀", "positive": "p"}])
+    sources = [{"path": str(path)}]
+    assert tiny.prepared(tree(tmp_path, models, data={"sources": sources}))[1].num_rows == 5
+    with pytest.raises(
+        UserError, match=r"data.sources\[0\]: unusable 1 of 6 rows: anchor has no token that the student knows .*=drop"
+    ):
+        tiny.prepared(tree(tmp_path, models, data={"sources": sources, "unusable_rows": "error"}))
+
+
+def test_a_local_copy_is_read_where_the_recipe_wants_one(tmp_path, models, data):
+    config, corpus = tiny.prepared(tree(tmp_path, models, data, data={"local_copy": str(tmp_path / "node")}))
+    assert corpus.folder.is_relative_to(tmp_path / "node") and corpus.place.startswith(str(tmp_path / "corpora"))
+    texts = texts_of(corpus)
+    file = files(corpus, "anchors")[0]
+    file.write_bytes(file.read_bytes()[:-8] + b"\1" * 8)  # of the same size
+    again = open_corpus(config, corpus.place)
+    assert texts_of(again) == texts and again.anchors.tolist() == open_corpus(config, corpus.place).anchors.tolist()
+    assert [texts[i] for i in again.anchors] == [row["anchor"] for row in ROWS]
+
+
+MEASURED = """
+import pickle, sys
+from gist_dist.data import shards
+shards.SHARD_TEXTS, shards.BATCH_TEXTS = 4096, 1024
+job = pickle.load(open(sys.argv[1], "rb"))
+*_, commit = job.run(0)
+assert not {"torch", "transformers", "ray"} & set(sys.modules), "a task needs no more than the tokenizer"
+(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(commit.report["rows_used"], len(commit.shards), peak)
+"""
+
+
+def test_memory_is_bounded_by_the_shard(tmp_path, models):
+    config = parse_config(tree(tmp_path, models, tmp_path / "x.jsonl"))
+    student = Student(config.student)
+    peaks = []
+    for num_rows in (5_000, 25_000):
+        rows = [{"anchor": f"amber {i} " * 8, "positive": f"basin {i} " * 8} for i in range(num_rows)]
+        path = tiny.write_jsonl(tmp_path / "x.jsonl", rows)
+        source = Source(config.data.sources[0], 0, None)
+        prompts = shards.Prompts(("", ""), ("", ""), ("", ""))
+        job = Job(str(tmp_path / str(num_rows)), [source], [prompts], [(0, source.parts()[0])], student.tokenizer, None)
+        (tmp_path / "job").write_bytes(pickle.dumps(job))
+        assert (tmp_path / "job").stat().st_size < 2**20, "no weights"
+        done = subprocess.run([sys.executable, "-c", MEASURED, tmp_path / "job"], capture_output=True, text=True)
+        rows, num_shards, peak = map(int, done.stdout.split())
+        assert rows == num_rows and num_shards == -(-2 * num_rows // 4096)
+        peaks.append(peak)
+    assert path.stat().st_size > 5 * 2**20
+    assert peaks[1] - peaks[0] < 4 * 2**10, f"kilobytes: {peaks}"
+
+
 def test_token_ids_stay_on_disk(tmp_path, models, data):
     _, corpus = tiny.prepared(tree(tmp_path, models, data))
-    mapped = str(corpus.folder / "texts.arrow")
+    mapped = str(files(corpus, "texts")[0])
+    corpus.text(0)
     spans = [
         tuple(int(end, 16) for end in line.split()[0].split("-"))
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -237,55 +415,162 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, models, data, monkeypat
     def no_space(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_tokenized", no_space)
+    monkeypatch.setattr(shards, "token_keys", no_space)
     with pytest.raises(
         UserError, match=r"corpora: the prepared corpus can't be written there: .*No space left on device"
     ):
         tiny.prepared(tree(tmp_path, models, data))
-    assert list((tmp_path / "corpora").iterdir()) == []
+    assert [path for path in (tmp_path / "corpora").rglob("*") if not path.is_dir()] == []
 
 
-def test_a_killed_preparation_is_not_taken_for_prepared(tmp_path, models, data):
-    code = (
-        "import sys, json, os, signal, tiny; from gist_dist.data import corpus\n"
-        "corpus._rename = lambda aside, folder: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "tiny.prepared(json.loads(sys.argv[1]))"
-    )
-    recipe = tree(tmp_path, models, data)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(recipe)], env=environment, capture_output=True, timeout=120
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    left = list((tmp_path / "corpora").iterdir())
-    assert len(left) == 1 and left[0].name.startswith(".") and (left[0] / "manifest.json").exists()
+def in_process(function, *arguments) -> list[multiprocessing.Process]:
+    """Started in a process that is forked with torch imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.trainer"])
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def three_files(folder: Path) -> list[Path]:
+    """Of 40 rows each; half of the texts of a file are in the next one too."""
+    return [
+        tiny.write_jsonl(
+            folder / f"{n}.jsonl",
+            [{"anchor": f"amber {n * 20 + i}", "positive": f"basin {n * 20 + i}"} for i in range(40)],
+        )
+        for n in range(3)
+    ]
+
+
+def _killed_after(num_parts: int, recipe: dict) -> None:
+    def run(job, tick):
+        for number, commit in run_in_process(job, tick):
+            yield number, commit
+            if number + 1 == num_parts:
+                with open_store(job.place).scratch() as folder:
+                    (folder / "texts.arrow").write_bytes(b"half")
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    config = parse_config(recipe)
+    prepare(config, Student(config.student), Guide(config.guide), progress=lambda message: None, run_parts=run)
+
+
+def test_a_killed_preparation_goes_on_where_it_was(tmp_path, models, monkeypatch):
+    recipe = tree(tmp_path, models, tmp_path / "*.jsonl")
+    three_files(tmp_path)
+    undisturbed = contents(tmp_path / "other", models, tmp_path / "*.jsonl")
+    process = in_process(_killed_after, 2, recipe)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (folder,) = (tmp_path / "corpora").iterdir()
+    assert not (folder / "manifest.json").exists()
+    assert sorted(path.name for path in folder.glob("part-*")) == ["part-00000.json", "part-00001.json"]
+    calls = count_tokenized(monkeypatch)
     _, corpus = tiny.prepared(recipe)
-    assert corpus.num_rows == 5 and corpus.folder != left[0]
+    assert sum(calls) == 80, "the third file's texts only"
+    assert corpus.manifest["content"] == undisturbed and corpus.num_texts == 160
+    left = {path.name for path in folder.iterdir() if not path.name.startswith(".gist-dist-scratch")}
+    assert left == {"manifest.json", *corpus.manifest["files"]}
 
 
-def _prepare_together(recipe: dict, barrier) -> tuple[str, str, int]:
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "commit"])
+@pytest.mark.parametrize("kind", ["texts", "rows"])
+def test_a_torn_shard_is_found_and_made_again(tmp_path, models, monkeypatch, damage, kind):
+    three_files(tmp_path)
+    recipe = tree(tmp_path, models, tmp_path / "*.jsonl")
+    expected = contents(tmp_path / "other", models, tmp_path / "*.jsonl")
+
+    def stop(*arguments):
+        raise UserError("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped"):
+        patch.setattr(corpus_module, "merge", stop)
+        tiny.prepared(recipe)
+    (folder,) = (tmp_path / "corpora").iterdir()
+    commit = folder / "part-00001.json"
+    (shard,) = json.loads(commit.read_text())["shards"]
+    file = folder / shard[kind] if damage != "commit" else commit
+    content = file.read_bytes()
+    middle = len(content) // 2
+    if damage == "changed":
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[:middle])
+    calls = count_tokenized(monkeypatch)
+    _, corpus = tiny.prepared(recipe)
+    assert sum(calls) == 80 and corpus.manifest["content"] == expected
+    assert corpus.text(int(corpus.anchors[60])) == "amber 40"
+
+
+def test_what_killed_preparations_left_is_removed_after_a_day(tmp_path, models, data):
+    corpora = tmp_path / "corpora"
+    old, young, foreign = (corpora / name / "part-00000.json" for name in ("0" * 20, "1" * 20, "my-notes"))
+    _, corpus = tiny.prepared(tree(tmp_path, models, data))
+    scratch = corpus.folder / ".gist-dist-scratch-x" / "texts.arrow"
+    for file in (old, young, foreign, scratch):
+        file.parent.mkdir()
+        file.write_text("{}")
+    for file in (old, foreign, scratch):
+        os.utime(file, (1, 1))
+    assert tiny.prepared(tree(tmp_path, models, data))[1].num_rows == 5
+    assert not scratch.exists()
+    tiny.prepared(tree(tmp_path, models, data, student={"max_tokens": 9}))
+    assert not old.parent.exists() and young.exists() and foreign.exists()
+
+
+def _prepare_together(recipe: dict, barrier, results) -> None:
     config = parse_config(recipe)
     student, guide = Student(config.student), Guide(config.guide)
     barrier.wait(60)
     corpus = prepare(config, student, guide, progress=lambda message: None)
-    return str(corpus.folder), corpus.manifest["content"], len(texts_of(corpus))
+    results.put((str(corpus.folder), corpus.manifest["content"], len(texts_of(corpus))))
 
 
-def test_two_processes_prepare_the_same_corpus_at_once(tmp_path, models):
-    rows = [{"anchor": f"amber {i}", "positive": f"basin {i}"} for i in range(3000)]
-    recipe = tree(tmp_path, models, tiny.write_jsonl(tmp_path / "x.jsonl", rows))
+def test_two_processes_prepare_the_same_corpus_at_once(tmp_path, models, monkeypatch):
+    for n in range(6):
+        rows = [{"anchor": f"amber {i}", "positive": f"basin {i}"} for i in range(n * 250, n * 250 + 500)]
+        tiny.write_jsonl(tmp_path / f"{n}.jsonl", rows)
+    recipe = tree(tmp_path, models, tmp_path / "*.jsonl")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.trainer"])
-    with context.Manager() as manager, context.Pool(2) as pool:
-        first, second = pool.starmap(_prepare_together, [(recipe, manager.Barrier(2))] * 2, chunksize=1)
-    assert first == second and first[2] == 6000
-    assert [path.name for path in (tmp_path / "corpora").iterdir()] == [Path(first[0]).name]
+    barrier, results = context.Barrier(2), context.SimpleQueue()
+    processes = [in_process(_prepare_together, recipe, barrier, results) for _ in range(2)]
+    first, second = results.get(), results.get()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert first == second and first[2] == 2 * 1750
+    (folder,) = (tmp_path / "corpora").iterdir()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *manifest["files"]}
+
+
+@pytest.mark.parametrize("moment", ["run", "merge"])
+def test_another_run_finishes_first(tmp_path, models, monkeypatch, moment):
+    """In the middle of the parts, or when the files that are merged are gone already."""
+    three_files(tmp_path)
+    recipe = tree(tmp_path, models, tmp_path / "*.jsonl")
+    real = Job.run if moment == "run" else corpus_module.merge
+    finished = []
+
+    def meanwhile(*arguments):
+        if not finished and (moment == "merge" or arguments[1] == 1):
+            finished.append(True)
+            finished.append(tiny.prepared(recipe)[1])
+        return real(*arguments)
+
+    monkeypatch.setattr(*((Job, "run") if moment == "run" else (corpus_module, "merge")), meanwhile)
+    _, corpus = tiny.prepared(recipe)
+    assert corpus.manifest == finished[1].manifest and corpus.num_rows == 120
+    assert {path.name for path in corpus.folder.iterdir()} == {"manifest.json", *corpus.manifest["files"]}
 
 
 def test_a_damaged_corpus_is_named(tmp_path, models, data):
     recipe = tree(tmp_path, models, data)
     _, corpus = tiny.prepared(recipe)
-    path = corpus.folder / "texts.arrow"
+    path = files(corpus, "texts")[0]
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"is damaged .*; remove it, and it is prepared again"):
         tiny.prepared(recipe)

@@ -11,10 +11,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "gist_dist"
 
 LAYERS = {
-    "config": 0, "errors": 0, "files": 0, "hub": 0,
-    "data": 1, "loss": 1, "gradcache": 1, "collectives": 1, "encoder": 1, "optim": 1, "checkpoint": 1,
-    "step": 2,
-    "metrics": 3,
+    "config": 0, "errors": 0, "files": 0, "hub": 0, "storage": 0,
+    "data": 1, "loss": 1, "loss_kernel": 1, "gradcache": 1, "collectives": 1, "encoder": 1, "optim": 1, "checkpoint": 1,
+    "guide_cache": 1, "mining": 1, "step": 2,
+    "metrics": 3, "guidance": 3,
     "trainer": 4,
 }  # fmt: skip
 """Modules of the training core; an import leads to the same layer or a lower one, and never up."""
@@ -75,7 +75,8 @@ def test_the_mathematics_imports_torch_and_config_only(module):
     path = modules()[module]
     assert packages(path) <= {"torch", "jaxtyping", "gist_dist"}
     assert {name for name in imports(path) if name.startswith("gist_dist")} <= {
-        "gist_dist.config", "gist_dist.config.LossConfig"
+        "gist_dist.config", "gist_dist.config.LossConfig",
+        "gist_dist.loss_kernel", "gist_dist.loss_kernel.fused_share",  # the same, for CUDA; only if asked for
     }  # fmt: skip
 
 

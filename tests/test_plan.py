@@ -140,11 +140,14 @@ def test_a_plan_has_every_text_of_its_rows_once(tmp_path):
     assert [texts[i] for i in plan.negatives] == ["delta", "delta", "ember"]
     same = {(texts[i], texts[j]) for i, j in combinations(range(6), 2) if plan.identity[i] == plan.identity[j]}
     assert same in ({("fjord", "Fjord")}, {("Fjord", "fjord")})  # equal to the uncased student
-    for chunks, lengths_of in (
-        (plan.student_chunks, corpus.student_lengths),
-        (plan.guide_chunks, corpus.guide_lengths),
+    inputs = [texts[i] for i in np.searchsorted(plan.texts, plan.guide_inputs)]
+    assert [inputs[i].lower() for i in plan.guide_input_of] == [text.lower() for text in texts]
+    assert len(inputs) == 5  # the guide is uncased as well
+    for chunks, lengths in (
+        (plan.student_chunks, corpus.student_lengths[plan.texts]),
+        (plan.guide_chunks, corpus.guide_lengths[plan.guide_inputs]),
     ):
-        assert sorted(np.concatenate([c.texts for c in chunks]).tolist()) == list(range(6))
-        assert sum(c.num_tokens for c in chunks) == lengths_of[plan.texts].sum()
+        assert sorted(np.concatenate([c.texts for c in chunks]).tolist()) == list(range(len(lengths)))
+        assert sum(c.num_tokens for c in chunks) == lengths.sum()
     assert plan.num_tokens <= plan.padded_tokens == sum(c.padded_tokens for c in plan.student_chunks)
     assert plan_batch(corpus, chosen, 7, 8, with_guide=False).guide_chunks == ()

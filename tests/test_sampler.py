@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import permutations
@@ -14,8 +15,9 @@ import pytest
 import tiny
 
 from gist_dist.config import RunConfig, parse_config
+from gist_dist.data.accounts import repeated_texts, source_accounts
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.sampler import SMALLEST_BATCH, Sampler
+from gist_dist.data.sampler import SMALLEST_BATCH, Sampler, share_epoch
 from gist_dist.errors import UserError
 
 
@@ -29,16 +31,20 @@ class Rows(Corpus):
         self.source = np.array([row[3] for row in rows], dtype=np.int32)
         self.num_negatives = np.array([len(row[2]) for row in rows])
         self.identity = np.arange(num_texts) * 7 - 5 if identity is None else np.asarray(identity)
+        self.manifest = {"sources": [{"name": f"s{n}"} for n in range(1 + int(self.source.max()))]}
 
     def negatives_of(self, rows: np.ndarray) -> np.ndarray:
         return np.array([text for row in rows for text in self.rows[row][2]], dtype=np.int64)
 
 
-def config(num_sources: int, size: int, mixing="homogeneous", weights=None, seed=0, **optim) -> RunConfig:
+def config(
+    num_sources: int, size: int, mixing="homogeneous", weights=None, seed=0, temperature=1, **optim
+) -> RunConfig:
     sources = [{"path": "x", "weight": w} for w in weights or [1] * num_sources]
     return parse_config(
         {
-            "name": "x", "seed": seed, "student": {"model": "m"}, "data": {"sources": sources, "mixing": mixing},
+            "name": "x", "seed": seed, "student": {"model": "m"},
+            "data": {"sources": sources, "mixing": mixing, "temperature": temperature},
             "batch": {"global_size": size}, "optim": optim,
         }
     )  # fmt: skip
@@ -85,6 +91,8 @@ def test_an_epoch_takes_every_row_once_in_full_batches_but_one(mixing):
             assert len(odd) <= 1
             assert all(SMALLEST_BATCH * size <= other < (1 + SMALLEST_BATCH) * size for other in odd)
             assert epoch.duplicates_admitted == sum(repeated(rows, batch) for batch in epoch.batches)
+            assert epoch.duplicates_admitted == sum(repeated_texts(rows, batch) for batch in epoch.batches)
+            assert len(epoch.moved) == len(epoch.duplicates) == num_sources
 
 
 def test_a_rest_too_small_to_contrast_enlarges_another_batch():
@@ -235,24 +243,172 @@ def test_real_sources_come_near_the_lower_bound(shared_data: Path):
         assert epoch.rows_moved > 1000
 
 
+def plain_rows(anchors: np.ndarray, positives: np.ndarray) -> Rows:
+    """Of one source, without negatives; quickly made."""
+    rows = Rows([(0, 0, [], 0)], int(max(anchors.max(), positives.max())) + 1)
+    rows.anchors, rows.positives = anchors, positives
+    rows.source, rows.num_negatives = np.zeros(len(anchors), np.int32), np.zeros(len(anchors), np.int64)
+    rows.negatives_of = lambda chosen: np.empty(0, np.int64)
+    return rows
+
+
 def test_a_million_rows_with_duplicates_take_seconds():
     rng = np.random.default_rng(5)
     n = 1_000_000
-    rows = Rows([(0, 0, [], 0)], 2 * n)
-    rows.anchors, rows.positives = np.arange(n), n + np.arange(n)
+    positives = n + np.arange(n)
     copies = rng.random(n) < 0.1
-    rows.positives[copies] = n + rng.integers(0, n, copies.sum())
-    rows.source, rows.num_negatives = np.zeros(n, np.int32), np.zeros(n, np.int64)
-    rows.negatives_of = lambda chosen: np.empty(0, np.int64)
-    sampler = Sampler(rows, config(1, 4096))
+    positives[copies] = n + rng.integers(0, n, copies.sum())
+    sampler = Sampler(plain_rows(np.arange(n), positives), config(1, 4096))
     started = time.process_time()
     epoch = sampler.epoch(0)
-    assert time.process_time() - started < 10
+    assert time.process_time() - started < 5
     assert epoch.duplicates_admitted == 0 and epoch.rows_moved > 100
+    sampler.rows(1)
+    sampler.epoch(1)
     started = time.process_time()
     for step in range(1, 200):
         sampler.rows(step)
     assert time.process_time() - started < 0.1
+
+
+@pytest.mark.parametrize(
+    ("anchors", "positives", "size", "excess"),
+    [("own", 1, 4096, 0), ("own", 2, 4096, 0), ("own", 40, 256, 0), ("own", 300, 256, 0), ("own", 4200, 4096, 0),
+     ("fifty", "own", 4096, 0), ("fifty", "fifty", 4096, 500)],
+)  # fmt: skip
+def test_few_distinct_texts_do_not_make_it_slow(anchors, positives, size, excess):
+    """Labels for positives, anchors that come fifty times in 61 batches: nearly all of 250,000 rows are crowded.
+
+    Where both texts of every row are in four fifths of the batches, one row in a thousand finds no place.
+    """
+    rng, n = np.random.default_rng(6), 250_000
+
+    def texts(kind: str | int) -> np.ndarray:
+        if kind == "fifty":
+            return rng.permutation(n) // 50
+        return np.arange(n) if kind == "own" else rng.integers(0, kind, n)
+
+    rows = plain_rows(texts(anchors), n + texts(positives))
+    sampler = Sampler(rows, config(1, size))
+    started = time.process_time()
+    epoch = sampler.epoch(0)
+    assert time.process_time() - started < 8
+    times = np.bincount(np.concatenate([rows.anchors, rows.positives]))
+    least = int(np.maximum(0, times - sampler.steps_per_epoch).sum())
+    assert least <= epoch.duplicates_admitted <= least + excess
+    distinct = sum(len(np.unique([rows.anchors[batch], rows.positives[batch]])) for batch in epoch.batches)
+    assert epoch.duplicates_admitted == 2 * n - distinct
+
+
+def test_shares_of_an_epoch():
+    rows, ones = np.array([1_000_000, 10_000, 100, 1]), np.ones(4)
+    assert share_epoch(rows, ones, 1.0) == rows.tolist()
+    assert share_epoch(rows, np.array([0.5, 2, 1.5, 1]), 1.0) == [500_000, 20_000, 150, 1]
+    assert share_epoch(rows, ones / 3, 1.0) == [333_333, 3333, 33, 1]  # a third of a row is one
+    for temperature in (1.5, 2.0, 5.0, 1000.0):
+        shares = share_epoch(rows, ones, temperature)
+        expected = rows ** (1 / temperature) / (rows ** (1 / temperature)).sum() * rows.sum()
+        assert np.abs(shares - expected).max() < 1 and sum(shares) == rows.sum()
+    assert share_epoch(np.array([10, 0, 5]), np.ones(3), 2.0)[1] == 0
+
+
+@pytest.mark.parametrize("mixing", ["homogeneous", "mixed"])
+@pytest.mark.parametrize(("weights", "temperature"), [([0.3, 2.5, 1], 1), ([1, 1, 1], 3), ([0.7, 1, 3], 1.7)])
+def test_no_row_comes_again_before_all_of_its_source_came(mixing, weights, temperature):
+    rows = Rows([(2 * i, 2 * i + 1, [], 0 if i < 200 else 1 if i < 230 else 2) for i in range(247)], 494)
+    sampler = Sampler(rows, config(3, 16, mixing, weights, temperature=temperature))
+    total = np.zeros(247, dtype=int)
+    for number in range(7):
+        epoch = sampler.epoch(number)
+        total += np.bincount(np.concatenate(epoch.batches), minlength=247)
+        # Copies of a row, where an epoch ends one pass and begins the next, are parted and counted like other texts.
+        assert epoch.duplicates_admitted == sum(repeated(rows, batch) for batch in epoch.batches)
+        for source in range(3):
+            counts = total[rows.source == source]
+            assert counts.max() - counts.min() <= 1
+            assert counts.sum() == (number + 1) * sampler.rows_per_source[source]
+    direct = Sampler(rows, config(3, 16, mixing, weights, temperature=temperature)).epoch(6)
+    assert [b.tolist() for b in direct.batches] == [b.tolist() for b in epoch.batches]
+    assert len({tuple(sampler.epoch(n).batches[0]) for n in range(7)}) == 7
+
+
+def test_a_source_smaller_than_a_batch_fills_none_alone():
+    # 12 rows five times an epoch would be nearly four batches of five copies each.
+    small = [(2 * i, 2 * i + 1, [], 0) for i in range(12)]
+    large = [(2 * i, 2 * i + 1, [], 1 + i % 2) for i in range(12, 106)]
+    rows = Rows(sorted(small + large, key=lambda row: row[3]), 300)
+    sampler = Sampler(rows, config(3, 16, weights=[5, 1, 1]))
+    epoch = sampler.epoch(0)
+    with_small = [batch for batch in epoch.batches if (rows.source[batch] == 0).any()]
+    assert all(len(set(rows.source[batch].tolist())) > 1 for batch in with_small)
+    assert np.bincount(np.concatenate(epoch.batches))[:12].tolist() == [5] * 12
+    assert sum(repeated(rows, batch) for batch in epoch.batches) == 0
+    assert len(with_small) >= 5 and epoch.duplicates_admitted == 0
+
+
+NAMED = (("labels", 40), ("all", 24))
+
+
+def test_accounts_say_what_repeats_and_why():
+    rows = [(i, 200 + i % 3, [], 0) for i in range(40)] + [(300 + i, 400 + i, [500], 1) for i in range(24)]
+    rows = Rows(rows, 600)
+    reports = [{"name": name, "rows_read": n + 1, "rows_used": n, "dropped": {"empty": 1}} for name, n in NAMED]
+    rows.manifest = {"sources": reports}
+    sampler = Sampler(rows, config(2, 8))
+    labels, others = source_accounts(rows, sampler)
+    epoch = sampler.epoch(0)
+    assert labels["duplicates_admitted"] == 40 - 3 * 5 == epoch.duplicates[0]  # five batches with three positives
+    assert others["duplicates_admitted"] == 24 - 3 == epoch.duplicates[1]
+    assert epoch.duplicates_admitted == sum(repeated(rows, batch) for batch in epoch.batches)
+    assert (labels["distinct_anchors"], labels["distinct_positives"], labels["distinct_texts"]) == (40, 3, 43)
+    assert (others["distinct_texts"], others["rows_of_commonest_text"]) == (49, 24)
+    assert (labels["batches"], labels["batches_alone"], labels["rows_dropped"]) == (5, 5, 1)
+    assert labels["why_duplicates"] == (
+        "3 distinct positives in 40 rows and the commonest text in 14 of an epoch's; batches of its own: 5, "
+        "mixed ones with some of its rows: 0"
+    )
+    assert labels["share_of_epoch"] == 40 / 64
+
+
+def test_the_next_epoch_is_drawn_while_this_one_is_served(monkeypatch):
+    rows = random_rows(np.random.default_rng(7), 200, 300)
+    sampler = Sampler(rows, config(1, 16, epochs=3))
+    drawn, may_draw = [], threading.Event()
+    draw = Sampler._draw
+
+    def slow_draw(self, number):
+        if number == 1:
+            assert may_draw.wait(30)
+        drawn.append((number, threading.current_thread().name))
+        return draw(self, number)
+
+    monkeypatch.setattr(Sampler, "_draw", slow_draw)
+    per_epoch = sampler.steps_per_epoch
+    first = sampler.rows(1)  # comes although epoch 1 can't be drawn yet
+    assert np.array_equal(first, sampler.epoch(0).batches[0])
+    may_draw.set()
+    served = [sampler.rows(step).tolist() for step in range(1, 3 * per_epoch + 1)]
+    assert sorted(drawn) == [(0, "epoch"), (1, "epoch"), (2, "epoch")]  # each once, and none after the last step
+    assert len(sampler._epochs) <= 2
+    monkeypatch.undo()
+    fresh = Sampler(rows, config(1, 16, epochs=3))
+    assert served == [fresh.rows(step).tolist() for step in range(1, 3 * per_epoch + 1)]
+
+
+def test_what_drawing_raises_is_raised_where_the_batch_is_asked_for(monkeypatch):
+    sampler = Sampler(random_rows(np.random.default_rng(8), 100, 300), config(1, 16, epochs=2))
+    draw = Sampler._draw
+
+    def failing(self, number):
+        if number == 1:
+            raise MemoryError("no room for an epoch")
+        return draw(self, number)
+
+    monkeypatch.setattr(Sampler, "_draw", failing)
+    for step in range(1, sampler.steps_per_epoch + 1):
+        sampler.rows(step)
+    with pytest.raises(MemoryError, match="no room for an epoch"):
+        sampler.rows(sampler.steps_per_epoch + 1)
 
 
 def test_steps_and_epochs():

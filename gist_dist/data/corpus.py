@@ -1,18 +1,22 @@
 """Prepared rows on disk: every distinct text once, with the token ids of both models, memory-mapped.
 
-<corpora>/<key>/texts.arrow    text, identity, student_ids, guide_ids
-                rows.arrow     anchor, positive, negatives (text numbers), source, number
-                manifest.json  what it was made from and what became of every row
+<place>/<key>/manifest.json       what it was made from, what became of every row, and the SHA-256 of every file
+              texts-*.arrow       text, student_ids, guide_ids: the shards of gist_dist.data.shards
+              <array>-*.npy       rows and what is known of every text, merged by gist_dist.data.merge
+
+The manifest is written last: a folder without it is being prepared, or was when its run was killed; the next run with
+the same recipe goes on from the parts that are committed.
 """
 
 import hashlib
 import json
 import logging
-import shutil
+import re
+import resource
 import time
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,57 +25,52 @@ import numpy as np
 import pyarrow as pa
 
 from gist_dist.config import ROLES, RolePrompts, RunConfig
+from gist_dist.data.merge import Damaged, merge
+from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
 from gist_dist.data.sources import Source, SourceReport, open_sources
 from gist_dist.errors import UserError
+from gist_dist.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store
 
 if TYPE_CHECKING:
     from gist_dist.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-TEXTS_PER_BATCH = 2**14
+FORMAT = 2
+KEY = re.compile(r"[0-9a-f]{20}")
+MERGED = re.compile(r"(part|index|rows)-")
 PROGRESS_SECONDS = 5
-Tokens = tuple[np.ndarray, np.ndarray]
-"""Token ids of all texts, joined, and the number of tokens of each."""
-
-TEXT_SCHEMA = pa.schema(
-    {
-        "text": pa.large_string(),
-        "identity": pa.int64(),
-        "student_ids": pa.large_list(pa.int32()),
-        "guide_ids": pa.large_list(pa.int32()),
-    }
-)
-ROW_SCHEMA = pa.schema(
-    {
-        "anchor": pa.int64(),
-        "positive": pa.int64(),
-        "negatives": pa.large_list(pa.int64()),
-        "source": pa.int32(),
-        "number": pa.int64(),
-    }
-)
+CONTENT = ("anchors", "positives", "negatives", "negative_offsets", "source", "identity", "guide_keys")
+"""The arrays that batches are a function of."""
+Runner = Callable[[Job, Callable[[int, int], None]], Iterable[tuple[int, Commit | None]]]
+"""Runs every part of a job, in any order, and gives its number and commit as soon as it is done. It calls the second
+argument with the number of a part and how many of its rows are read by now."""
 
 
 class Corpus:
-    """A prepared folder, opened. Row and text numbers index everything here; token ids stay on disk."""
+    """A prepared folder, opened. Row and text numbers index everything here; arrays and token ids stay on disk."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, place: str | None = None) -> None:
+        """place: where others open the same corpus, by open_corpus(); by default the folder."""
+        self.folder, self.place = folder, place or str(folder)
         try:
-            self.manifest = json.loads((folder / "manifest.json").read_text())
-            texts, rows = _map_batches(folder / "texts.arrow"), _map_batches(folder / "rows.arrow")
-        except (OSError, ValueError) as error:  # Arrow's and JSON's are ValueErrors
-            raise UserError(f"{folder} is damaged ({error}); remove it, and it is prepared again") from error
-        self._texts, self._texts_per_batch = texts, texts[0].num_rows
-        self.identity = _column(texts, "identity")
-        self.student_lengths = _lengths(texts, "student_ids")
-        self.guide_lengths = _lengths(texts, "guide_ids")
-        self.anchors, self.positives = _column(rows, "anchor"), _column(rows, "positive")
-        self.source, self.number = _column(rows, "source"), _column(rows, "number")
-        self._negatives = _column(rows, "negatives", flat=True)
-        self._negative_ends = np.cumsum(_lengths(rows, "negatives"), dtype=np.int64)
+            self.manifest = json.loads((folder / MANIFEST).read_text())
+            self._check_sizes()
+            arrays = {name: _map_array(folder / file) for name, file in self.manifest["arrays"].items()}
+        except (OSError, ValueError, KeyError) as error:  # JSON's and numpy's are ValueErrors
+            raise UserError(f"{self.place} is damaged ({error}); remove it, and it is prepared again") from error
+        self.anchors, self.positives = arrays["anchors"], arrays["positives"]
+        self.source, self.number = arrays["source"], arrays["number"]
+        """Of every row: the index in manifest["sources"], and the number within the source as it was read."""
+        self.identity, self.student_lengths = arrays["identity"], arrays["student_lengths"]
+        n = self.num_texts
+        self.guide_lengths = arrays.get("guide_lengths", np.broadcast_to(np.int32(0), n))
+        self.guide_keys = arrays.get("guide_keys", np.broadcast_to(np.uint64(0), (n, 2)))
+        """128 bits of the guide's token ids: equal for the same input. All 0 where no guide was prepared for."""
+        self._negatives, self._negative_offsets = arrays["negatives"], arrays["negative_offsets"]
+        self._at = arrays["at"]
+        """Position of every text in the texts files, one after the other."""
+        self._texts = _TextFiles(folder, self.manifest["shards"])
 
     @property
     def num_rows(self) -> int:
@@ -82,60 +81,77 @@ class Corpus:
         return len(self.identity)
 
     @property
+    def texts_in_use(self) -> np.ndarray:
+        """Numbers of the texts that some row has: all."""
+        return np.arange(self.num_texts)
+
+    @property
     def source_names(self) -> list[str]:
         return [source["name"] for source in self.manifest["sources"]]
 
     @cached_property
     def num_negatives(self) -> np.ndarray:
-        return np.diff(self._negative_ends, prepend=0)
+        return np.diff(self._negative_offsets)
 
     def negatives_of(self, rows: np.ndarray) -> np.ndarray:
         """Text numbers of the hard negatives of all these rows, joined."""
-        counts = self.num_negatives[rows]
-        starts = self._negative_ends[rows] - counts
+        starts, ends = self._negative_offsets[rows], self._negative_offsets[rows + 1]
+        counts = ends - starts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return self._negatives[np.repeat(starts, counts) + within]
 
     def text(self, text: int) -> str:
-        batch, row = divmod(text, self._texts_per_batch)
-        return self._texts[batch].column("text")[row].as_py()
+        return self._texts.text(int(self._at[text]))
 
     def student_tokens(self, texts: np.ndarray) -> list[np.ndarray]:
-        return [self._tokens("student_ids", text) for text in texts.tolist()]
+        return self._texts.tokens("student_ids", self._at[texts])
 
     def guide_tokens(self, texts: np.ndarray) -> list[np.ndarray]:
-        return [self._tokens("guide_ids", text) for text in texts.tolist()]
+        return self._texts.tokens("guide_ids", self._at[texts])
 
-    def _tokens(self, column: str, text: int) -> np.ndarray:
-        batch, row = divmod(text, self._texts_per_batch)
-        offsets, values = self._ragged[column][batch]
+    def _check_sizes(self) -> None:
+        for name, (_, size) in self.manifest["files"].items():
+            if (has := (self.folder / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {has:,} bytes and was written with {size:,}")
+
+
+class _TextFiles:
+    """The record batches of all texts files, each opened when a text of it is asked for first."""
+
+    def __init__(self, folder: Path, shards: list[dict[str, Any]]) -> None:
+        self.folder, self.shards = folder, shards
+        self.starts = np.cumsum([0, *(size for shard in shards for size in shard["batches"])])
+        """Position of the first text of every batch."""
+        self.first_batches = np.cumsum([0, *(len(shard["batches"]) for shard in shards)])
+        self.readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        self.batches: dict[int, pa.RecordBatch] = {}
+        self.ragged: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+        _allow_open_files(len(shards))
+
+    def text(self, at: int) -> str:
+        batch = int(np.searchsorted(self.starts, at, side="right")) - 1
+        return self._batch(batch).column("text")[at - int(self.starts[batch])].as_py()
+
+    def tokens(self, column: str, at: np.ndarray) -> list[np.ndarray]:
+        batches = np.searchsorted(self.starts, at, side="right") - 1
+        rows = at - self.starts[batches]
+        return [self._row(column, batch, row) for batch, row in zip(batches.tolist(), rows.tolist(), strict=True)]
+
+    def _row(self, column: str, batch: int, row: int) -> np.ndarray:
+        found = self.ragged.get((column, batch))
+        if found is None:
+            lists = self._batch(batch).column(column)
+            found = self.ragged[column, batch] = lists.offsets.to_numpy(), lists.values.to_numpy()
+        offsets, values = found
         return values[offsets[row] : offsets[row + 1]]
 
-    @cached_property
-    def _ragged(self) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-        views = {}
-        for name in ("student_ids", "guide_ids"):
-            columns = [batch.column(name) for batch in self._texts]
-            views[name] = [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
-        return views
-
-
-@dataclass
-class _Interner:
-    """Text numbers by content: equal text under equal prompts is one text."""
-
-    numbers: dict[bytes, int] = field(default_factory=dict)
-    pending: list[tuple[str, str, str]] = field(default_factory=list)
-    """New since the last batch was written: student prompt, guide prompt, text."""
-
-    def number(self, student_prompt: str, guide_prompt: str, text: str) -> int:
-        content = "\x00".join((student_prompt, guide_prompt, text)).encode()
-        key = hashlib.blake2b(content, digest_size=16).digest()
-        number = self.numbers.get(key)
-        if number is None:
-            number = self.numbers[key] = len(self.numbers)
-            self.pending.append((student_prompt, guide_prompt, text))
-        return number
+    def _batch(self, number: int) -> pa.RecordBatch:
+        if number not in self.batches:
+            shard = int(np.searchsorted(self.first_batches, number, side="right")) - 1
+            if shard not in self.readers:
+                self.readers[shard] = pa.ipc.open_file(pa.memory_map(str(self.folder / self.shards[shard]["texts"])))
+            self.batches[number] = self.readers[shard].get_batch(number - int(self.first_batches[shard]))
+        return self.batches[number]
 
 
 def prepare(
@@ -143,21 +159,39 @@ def prepare(
     student: "Encoder",
     guide: "Encoder | None",
     progress: Callable[[str], None] = logger.info,
+    run_parts: Runner | None = None,
 ) -> Corpus:
     """Read, check and tokenize all sources, or open what an equal recipe has prepared before.
 
-    UserError for sources that can't be read and for a global batch larger than the usable rows.
+    guide: what the steps' guide encodes with; None without one, or where the student is its own. run_parts: how the
+    parts of the work are run; None: one after the other in this process. UserError for sources that can't be read, for
+    unusable rows where data.unusable_rows says so, and for a global batch larger than the usable rows.
     """
     sources = open_sources(config.data)
     inputs = _inputs(config, sources, student, guide)
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
-    folder = config.corpora_dir / key
-    if not (folder / "manifest.json").exists():
-        _build(folder, config, sources, student, guide, inputs, progress)
-    corpus = Corpus(folder)
-    for source in corpus.manifest["sources"]:
-        if source["dropped"]:
-            progress(f"{source['name']}: dropped {_report(source).complaint()}")
+    place = join(config.corpora_dir, key)
+    store = open_store(place)
+    try:
+        if not store.exists(MANIFEST):
+            _collect(config.corpora_dir)
+            job = Job(
+                place=place,
+                sources=sources,
+                prompts=[_prompts(source, student, guide) for source in sources],
+                parts=[(number, part) for number, source in enumerate(sources) for part in source.parts()],
+                student=student.tokenizer,
+                guide=guide.tokenizer if guide else None,
+            )
+            _build(job, store, inputs, _Progress(len(job.parts), progress), run_parts or run_in_process)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{config.corpora_dir}: the prepared corpus can't be written there: {reason}") from error
+    corpus = open_corpus(config, place)
+    with suppress(OSError):  # it may be another user's, or be read-only
+        _remove_leftovers(store, corpus.manifest)
+    for source, report in zip(sources, corpus.manifest["reports"], strict=True):
+        _tell_unusable(source, SourceReport(**report), config, progress)
     if config.batch.global_size > corpus.num_rows:
         raise UserError(
             f"batch.global_size = {config.batch.global_size}: the data has only {corpus.num_rows} usable rows; "
@@ -166,8 +200,30 @@ def prepare(
     return corpus
 
 
-def _report(source: dict[str, Any]) -> SourceReport:
-    return SourceReport(**{name: source[name] for name in SourceReport.__dataclass_fields__})
+def open_corpus(config: RunConfig, place: str) -> Corpus:
+    """A prepared corpus, read where it lies, or from a checked copy on this node's disk: of a corpus in object storage,
+    or where the recipe sets data.local_copy. Several processes of a node share the copy, and one makes it."""
+    store = open_store(place)
+    if store.local and not config.data.local_copy:
+        return Corpus(store.local)
+    try:
+        content = store.read_bytes(MANIFEST)
+        files = {name: digest for name, (digest, _) in json.loads(content)["files"].items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{place} is damaged ({error}); remove it, and it is prepared again") from error
+    key = place.partition("?")[0].rsplit("/", 1)[-1]
+    folder = copies_folder(config.data.local_copy, "corpora", key)
+    local_copy(store, files | {MANIFEST: hashlib.sha256(content).hexdigest()}, folder)
+    return Corpus(folder, place)
+
+
+def run_in_process(job: Job, tick: Callable[[int, int], None]) -> Iterator[tuple[int, Commit | None]]:
+    for number in range(len(job.parts)):
+        for told in job.run(number):
+            if isinstance(told, int):
+                tick(number, told)
+            else:
+                yield number, told
 
 
 def _inputs(config: RunConfig, sources: list[Source], student: "Encoder", guide: "Encoder | None") -> dict[str, Any]:
@@ -175,195 +231,130 @@ def _inputs(config: RunConfig, sources: list[Source], student: "Encoder", guide:
     return {
         "format": FORMAT,
         "sources": [
-            {"files": source.fingerprint(), "recipe": source.config.model_dump(mode="json", exclude={"weight"})}
+            {
+                "files": source.fingerprint(),
+                "recipe": source.config.model_dump(mode="json", exclude={"weight"}),
+                "prompts": asdict(_prompts(source, student, guide)),
+            }
             for source in sources
         ],
-        "student": {"tokens": student.fingerprint(), "prompts": config.student.prompts.model_dump()},
-        "guide": {"tokens": guide.fingerprint(), "prompts": config.guide.prompts.model_dump()} if guide else None,
-        "unusable_rows": config.data.unusable_rows,
+        "tokens": [encoder.fingerprint() if encoder else None for encoder in (student, guide)],
     }
 
 
-def _build(
-    folder: Path,
-    config: RunConfig,
-    sources: list[Source],
-    student: "Encoder",
-    guide: "Encoder | None",
-    inputs: dict[str, Any],
-    progress: Callable[[str], None],
-) -> None:
-    """Written aside and renamed when complete: a killed run leaves nothing that looks prepared."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+def _prompts(source: Source, student: "Encoder", guide: "Encoder | None") -> Prompts:
+    of_student = source.config.prompts.student or student.config.prompts
+    of_guide = (source.config.prompts.guide or guide.config.prompts) if guide else RolePrompts()
+    return Prompts(**{role: (getattr(of_student, role), getattr(of_guide, role)) for role in ROLES})
+
+
+def _build(job: Job, store: Store, inputs: dict[str, Any], progress: "_Progress", run_parts: Runner) -> None:
+    """All parts, then what they make together; the manifest last."""
     try:
-        try:
-            aside.mkdir(parents=True)
-            manifest = _write(aside, config, sources, student, guide, progress)
-            manifest["inputs"] = inputs
-            (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            _rename(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{folder.parent}: the prepared corpus can't be written there: {error}") from error
-
-
-def _rename(aside: Path, folder: Path) -> None:
-    try:
-        aside.rename(folder)
-    except OSError:
-        if not (folder / "manifest.json").exists():  # else another run was first, with the same content
-            raise
-
-
-def _write(
-    folder: Path,
-    config: RunConfig,
-    sources: list[Source],
-    student: "Encoder",
-    guide: "Encoder | None",
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
-    interner, num_rows = _Interner(), 0
-    tokenizers = [encoder.fingerprint() for encoder in (student, guide) if encoder]
-    same_tokenizer = tokenizers.count(tokenizers[0]) == 2
-    content = hashlib.sha256(" ".join(tokenizers).encode())
-    with (
-        pa.OSFile(str(folder / "texts.arrow"), "wb") as text_sink,
-        pa.OSFile(str(folder / "rows.arrow"), "wb") as row_sink,
-        pa.ipc.new_file(text_sink, TEXT_SCHEMA) as text_file,
-        pa.ipc.new_file(row_sink, ROW_SCHEMA) as row_file,
-    ):
-        for number, source in enumerate(sources):
-            started = shown = time.monotonic()
-            prompts = _prompts(config, source)
-            for rows in _numbered(source, prompts, interner):
-                rows["source"] = np.full(len(rows["anchor"]), number, dtype=np.int32)
-                batch = pa.record_batch(rows, schema=ROW_SCHEMA)
-                row_file.write_batch(batch)
-                num_rows += batch.num_rows
-                _update(content, batch)
-                while len(interner.pending) >= TEXTS_PER_BATCH:
-                    text_file.write_batch(_tokenized(interner, student, guide, same_tokenizer))
-                if time.monotonic() - shown > PROGRESS_SECONDS:
-                    shown = time.monotonic()
-                    progress(f"{source.report.name}: {source.report.rows_read:,} rows read")
-            _refuse_unusable(source, config)
-            seconds = time.monotonic() - started
-            progress(f"{source.report.name}: {source.report.rows_used:,} rows in {seconds:.1f} s")
-        while interner.pending:
-            text_file.write_batch(_tokenized(interner, student, guide, same_tokenizer))
-    for key in interner.numbers:
-        content.update(key)
-    return {
-        "content": content.hexdigest(),  # what batches are a function of: not where the files lie
-        "num_rows": num_rows,
-        "num_texts": len(interner.numbers),
-        "sources": [asdict(source.report) for source in sources],
-    }
-
-
-def _update(content: Any, rows: pa.RecordBatch) -> None:
-    negatives = rows.column("negatives")
-    for numbers in (*rows.columns[:2], negatives.offsets, negatives.values, rows.column("source")):
-        content.update(numbers.to_numpy())
-
-
-def _refuse_unusable(source: Source, config: RunConfig) -> None:
-    report = source.report
-    if not report.rows_read:
-        raise UserError(f"{source.where}: {report.path} has no rows")
-    if not report.rows_used:
-        raise UserError(f"{source.where}: {report.path} has no usable row; {report.complaint()}")
-    if report.dropped and config.data.unusable_rows == "error":
-        raise UserError(f"{source.where}: unusable {report.complaint()}; mend them or set data.unusable_rows=drop")
-
-
-def _prompts(config: RunConfig, source: Source) -> dict[str, tuple[str, str]]:
-    """Role → prompt of the student, prompt of the guide."""
-    student = source.config.prompts.student or config.student.prompts
-    guide = source.config.prompts.guide or (config.guide.prompts if config.guide else RolePrompts())
-    return {role: (getattr(student, role), getattr(guide, role)) for role in ROLES}
-
-
-def _numbered(source: Source, prompts: dict[str, tuple[str, str]], interner: _Interner) -> Iterator[dict[str, Any]]:
-    """The source's rows in batches, texts replaced by their numbers."""
-    rows = source.rows()
-    while True:
-        anchors, positives, negatives, numbers = [], [], [], []
-        for row in rows:
-            anchors.append(interner.number(*prompts["anchor"], row.anchor))
-            positives.append(interner.number(*prompts["positive"], row.positive))
-            negatives.append([interner.number(*prompts["negatives"], text) for text in row.negatives])
-            numbers.append(row.number)
-            if len(anchors) == TEXTS_PER_BATCH:
-                break
-        if not anchors:
+        commits = {}
+        for number, commit in run_parts(job, progress.tick):
+            if commit is None:
+                return  # another run was first
+            commits[number] = commit
+            progress.done(number, commit)
+        ordered = [commits[number] for number in range(len(job.parts))]
+        _refuse_empty(job, ordered)
+        progress.say("putting the parts together")
+        with store.scratch() as folder:
+            manifest = merge(job, store, ordered, folder)
+        tokens, files = [fingerprint or "" for fingerprint in inputs["tokens"]], manifest["files"]
+        arrays = [files[manifest["arrays"][name]][0] for name in CONTENT if name in manifest["arrays"]]
+        # What batches are a function of: not where the files lie, nor how the work was divided.
+        manifest["content"] = hashlib.sha256(" ".join((*tokens, *arrays)).encode()).hexdigest()
+        store.write_bytes(MANIFEST, json.dumps(manifest | {"inputs": inputs}, indent=1).encode())
+    except (Damaged, OSError) as error:
+        if store.exists(MANIFEST):  # another run was first, and has removed what its corpus does not need
             return
-        yield {
-            "anchor": np.array(anchors, dtype=np.int64),
-            "positive": np.array(positives, dtype=np.int64),
-            "negatives": pa.array(negatives, ROW_SCHEMA.field("negatives").type),
-            "number": np.array(numbers, dtype=np.int64),
-        }
+        if isinstance(error, Damaged):
+            remedy = "it must be a folder or URI that all nodes share (data.cache_dir)"
+            raise UserError(f"{store.place}: {error}; {remedy}") from error
+        raise
 
 
-def _tokenized(
-    interner: _Interner, student: "Encoder", guide: "Encoder | None", same_tokenizer: bool
-) -> pa.RecordBatch:
-    """The next TEXTS_PER_BATCH new texts (fewer at the very end), with their token ids."""
-    texts, interner.pending = interner.pending[:TEXTS_PER_BATCH], interner.pending[TEXTS_PER_BATCH:]
-    for_student = [prompt + text for prompt, _, text in texts]
-    for_guide = [prompt + text for _, prompt, text in texts]
-    student_ids = _tokens(student, for_student, "student")
-    if guide is None:
-        guide_ids = np.empty(0, np.int32), np.zeros(len(texts), np.int32)
-    elif same_tokenizer and for_guide == for_student:
-        guide_ids = student_ids
-    else:
-        guide_ids = _tokens(guide, for_guide, "guide")
-    columns = {
-        "text": pa.array([text for _, _, text in texts], pa.large_string()),
-        "identity": _identities(student_ids),
-        "student_ids": _large_list(student_ids),
-        "guide_ids": _large_list(guide_ids),
-    }
-    return pa.record_batch(columns, schema=TEXT_SCHEMA)
+def _refuse_empty(job: Job, commits: list[Commit]) -> None:
+    """UserError for the first source that has no usable row."""
+    reports = [source.new_report() for source in job.sources]
+    for (number, _), commit in zip(job.parts, commits, strict=True):
+        reports[number].add(SourceReport(**commit.report))
+    for source, report in zip(job.sources, reports, strict=True):
+        if not report.rows_read:
+            raise UserError(f"{source.where}: {report.path} has no rows")
+        if not report.rows_used:
+            raise UserError(f"{source.where}: {report.path} has no usable row; {report.complaint()}")
 
 
-def _tokens(encoder: "Encoder", texts: list[str], section: str) -> Tokens:
-    ids, lengths = encoder.tokenize(texts)
-    if not lengths.all():
-        text = texts[int(np.argmin(lengths))]
-        raise UserError(
-            f"{section}.model: its tokenizer makes no token of {text[:100]!r}; remove the rows with that text"
-        )
-    return ids, lengths
+def _tell_unusable(source: Source, report: SourceReport, config: RunConfig, say: Callable[[str], None]) -> None:
+    if not report.dropped:
+        return
+    if config.data.unusable_rows == "error":
+        raise UserError(f"{source.where}: unusable {report.complaint()}; mend them or set data.unusable_rows=drop")
+    say(f"{report.name}: dropped {report.complaint()}")
 
 
-def _identities(tokens: Tokens) -> pa.Array:
-    """Equal for equal token ids."""
-    ids, lengths = tokens
-    data, ends = ids.tobytes(), (np.cumsum(lengths, dtype=np.int64) * ids.itemsize).tolist()
-    digests = (hashlib.blake2b(data[i:j], digest_size=8).digest() for i, j in zip([0, *ends], ends, strict=False))
-    return pa.array(np.frombuffer(b"".join(digests), dtype="<i8"))
+class _Progress:
+    """A line every few seconds: rows, their rate, and how long the rest takes as far as parts tell."""
+
+    def __init__(self, num_parts: int, say: Callable[[str], None]) -> None:
+        self.num_parts, self.say = num_parts, say
+        self.rows_of: dict[int, int] = {}
+        """Rows read of each part that has begun."""
+        self.num_done = 0
+        self.started = self.shown = time.monotonic()
+
+    def tick(self, part: int, num_rows: int) -> None:
+        self.rows_of[part] = num_rows
+        if time.monotonic() - self.shown > PROGRESS_SECONDS:
+            self.shown = time.monotonic()
+            self.say(self._line())
+
+    def done(self, part: int, commit: Commit) -> None:
+        self.num_done += 1
+        self.tick(part, commit.report["rows_read"])
+        if self.num_done == self.num_parts:
+            self.say(self._line())
+
+    def _line(self) -> str:
+        rows, seconds = sum(self.rows_of.values()), time.monotonic() - self.started
+        line = f"prepared {rows:,} rows in {seconds:.1f} s ({rows / max(seconds, 1e-9):,.0f} rows/s), "
+        line += f"{self.num_done} of {self.num_parts} parts"
+        left = self.num_parts - self.num_done
+        return f"{line}, about {left * seconds / self.num_done:,.0f} s left" if left and self.num_done else line
 
 
-def _large_list(tokens: Tokens) -> pa.LargeListArray:
-    ids, lengths = tokens
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(ids))
+def _remove_leftovers(store: Store, manifest: dict[str, Any]) -> None:
+    """Of a finished corpus: commits and what only merging needs, and what killed runs have left unfinished. Another run
+    that still works on the same parts then finds the manifest."""
+    named, now = {MANIFEST, *manifest["files"]}, time.time()
+    for name, info in store.infos().items():
+        if name not in named and (MERGED.match(name) or now - info.modified > STALE_SECONDS):
+            store.delete(name)
 
 
-def _map_batches(path: Path) -> list[pa.RecordBatch]:
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+def _collect(corpora: str) -> None:
+    """Remove the corpora that were never finished and that nobody has worked on for a day."""
+    root, last_change = open_store(corpora), dict[str, float]()
+    infos = root.infos()
+    for name, info in infos.items():
+        key = name.split("/")[0]
+        if KEY.fullmatch(key) and "/" in name:
+            last_change[key] = max(last_change.get(key, 0.0), info.modified)
+    for key, changed in last_change.items():
+        if f"{key}/{MANIFEST}" not in infos and time.time() - changed > STALE_SECONDS:
+            root.delete_folder(key)
 
 
-def _column(batches: list[pa.RecordBatch], name: str, flat: bool = False) -> np.ndarray:
-    columns = [batch.column(name) for batch in batches]
-    return np.concatenate([(column.flatten() if flat else column).to_numpy() for column in columns])
+def _map_array(path: Path) -> np.ndarray:
+    return np.asarray(np.load(path, mmap_mode="r"))  # a plain array: views of a memmap object are slow to make
 
 
-def _lengths(batches: list[pa.RecordBatch], name: str) -> np.ndarray:
-    return np.concatenate([np.diff(batch.column(name).offsets.to_numpy()) for batch in batches]).astype(np.int32)
+def _allow_open_files(count: int) -> None:
+    """Every memory map holds a file open, and the usual limit is a thousand."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and count + 512 > soft:
+        enough = count + 1024 if hard == resource.RLIM_INFINITY else min(count + 1024, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))

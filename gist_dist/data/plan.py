@@ -21,7 +21,7 @@ class Chunk:
     """Texts that are encoded together."""
 
     texts: np.ndarray
-    """Positions in the batch's unique texts."""
+    """Positions in the batch's unique texts, or in the guide's distinct inputs."""
     longest: int
     """Tokens of its longest text."""
     num_tokens: int
@@ -48,8 +48,14 @@ class BatchPlan:
     identity: np.ndarray
     """Equal for texts with the same student token ids [u]."""
     student_chunks: tuple[Chunk, ...]
+    guide_inputs: np.ndarray
+    """Text numbers, one for each distinct input of the guide; fewer than texts where it can't tell some apart [v]."""
+    guide_input_of: np.ndarray
+    """Position in guide_inputs of every text [u]."""
     guide_chunks: tuple[Chunk, ...]
-    """Empty where there is no guide."""
+    """Of guide_inputs; empty where no guide encodes within the step."""
+    guide_embeddings: np.ndarray | None = None
+    """Of guide_inputs, where they come from the cache [v e]."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -61,8 +67,11 @@ class BatchPlan:
 
 
 def plan_batch(corpus: Corpus, rows: np.ndarray, step: int, chunk_tokens: int, with_guide: bool) -> BatchPlan:
+    """with_guide: whether a guide encodes the batch within the step."""
     anchors, positives, negatives = corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)
     texts, positions = np.unique(np.concatenate([anchors, positives, negatives]), return_inverse=True)
+    _, first, input_of = np.unique(corpus.guide_keys[texts, 0], return_index=True, return_inverse=True)
+    guide_inputs = texts[first]
     g = len(rows)
     return BatchPlan(
         step=step,
@@ -73,7 +82,9 @@ def plan_batch(corpus: Corpus, rows: np.ndarray, step: int, chunk_tokens: int, w
         negatives=positions[2 * g :],
         identity=np.unique(corpus.identity[texts], return_inverse=True)[1],
         student_chunks=cut_chunks(corpus.student_lengths[texts], chunk_tokens),
-        guide_chunks=cut_chunks(corpus.guide_lengths[texts], chunk_tokens) if with_guide else (),
+        guide_inputs=guide_inputs,
+        guide_input_of=input_of,
+        guide_chunks=cut_chunks(corpus.guide_lengths[guide_inputs], chunk_tokens) if with_guide else (),
     )
 
 

@@ -1,27 +1,31 @@
 """(manifest, seed, step) -> the rows of a global batch. Knows nothing of workers.
 
-An epoch takes every row once (a source's weight aside) and cuts it into full batches; what is left at the end is a
-smaller batch. If that would be less than a sixteenth of a batch, too few to contrast with, its rows enlarge another.
+Every source is an endless stream of rows: pass k over the source is a permutation that (seed, source, k) decides.
+Epoch e takes the e-th slice of every stream, as long as the source's share of an epoch, so that no row is taken again
+before all rows of its source were, and any epoch can be drawn without those before it.
 
-Rows are drawn at random. Then texts that came twice into a batch are parted: such a row changes places with a row of
-another batch, so that the texts of a batch are distinct wherever that can be had.
+An epoch is cut into full batches; what is left at the end is a smaller batch. If that would be less than a sixteenth
+of a batch, too few to contrast with, its rows enlarge another. Then texts that came twice into a batch are parted: such
+a row changes places with a row of another batch, so that the texts of a batch are distinct wherever that can be had.
 """
 
-import random
-from collections import defaultdict
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
 
 import numpy as np
 
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
+from gist_dist.data.spread import SharedTexts, repeating_rows, spread
 from gist_dist.errors import UserError
 
 SMALLEST_BATCH = 1 / 16
 """Share of global_size below which the rest of an epoch is no batch of its own."""
-TRIES = 16
-"""Rows of a batch that are asked, at random, to change places."""
+PASSES_ROWS = 4096
+"""Passes over a short source are drawn together, up to so many rows from one seed: seeding costs more than drawing."""
+ORDER, BATCHES = 1, 2  # what a seed is for
 
 
 @dataclass(frozen=True)
@@ -30,26 +34,39 @@ class Epoch:
 
     batches: list[np.ndarray]
     """Row numbers of every batch, in training order."""
-    rows_moved: int
-    """Rows that left the batch they were drawn for, so that no text is twice in a batch."""
-    duplicates_admitted: int
-    """How often a text is in a batch once more, in another row, because no batch without it could take the row."""
+    moved: np.ndarray
+    """Of every source: rows that left the batch they were drawn for, so that no text is twice in a batch."""
+    duplicates: np.ndarray
+    """Of every source: how often a row has a text that an earlier row of its batch has, because no batch without that
+    text could take the row."""
+
+    @property
+    def rows_moved(self) -> int:
+        return int(self.moved.sum())
+
+    @property
+    def duplicates_admitted(self) -> int:
+        return int(self.duplicates.sum())
 
 
 class Sampler:
     """Global batches by step, the same on every worker and on any number of workers.
 
-    UserError if an epoch, with the weights of the sources, is less than a batch.
+    While an epoch's batches are served, a thread draws the next one. UserError if an epoch is less than a batch.
     """
 
     def __init__(self, corpus: Corpus, config: RunConfig) -> None:
         self.corpus, self.config = corpus, config
         self.global_size = config.batch.global_size
-        weights = [source.weight for source in config.data.sources]
-        self._rows_of = [np.flatnonzero(corpus.source == source) for source in range(len(weights))]
-        self.rows_per_source = [
-            max(1, round(len(rows) * weight)) for rows, weight in zip(self._rows_of, weights, strict=True)
-        ]
+        sources = corpus.manifest["sources"]
+        self.recipe_sources = [source.get("recipe_source", number) for number, source in enumerate(sources)]
+        """Index into data.sources of every source of the corpus: split_by makes several of one."""
+        in_order = np.argsort(corpus.source, kind="stable")
+        num_rows = np.bincount(corpus.source, minlength=len(sources))
+        self._rows_of = np.split(in_order, np.cumsum(num_rows)[:-1])
+        weights = np.array([config.data.sources[number].weight for number in self.recipe_sources])
+        self.rows_per_source = share_epoch(num_rows, weights, config.data.temperature)
+        """Rows that an epoch takes of every source."""
         if self.rows_per_epoch < self.global_size:
             raise UserError(
                 f"batch.global_size = {self.global_size}: an epoch has only {self.rows_per_epoch} rows, with the "
@@ -58,7 +75,8 @@ class Sampler:
         self.steps_per_epoch = _num_batches(self.rows_per_epoch, self.global_size)
         epochs = config.optim.epochs or 1
         self.num_steps = config.optim.steps or max(1, round(epochs * self.steps_per_epoch))
-        self._cached: tuple[int, Epoch] | None = None
+        self._epochs: dict[int, Future[Epoch]] = {}
+        self._lock = threading.Lock()
 
     @property
     def rows_per_epoch(self) -> int:
@@ -66,178 +84,139 @@ class Sampler:
 
     def rows(self, step: int) -> np.ndarray:
         """Row numbers of the global batch of step 1, 2, …"""
-        epoch, batch = divmod(step - 1, self.steps_per_epoch)
-        return self.epoch(epoch).batches[batch]
+        number, batch = divmod(step - 1, self.steps_per_epoch)
+        epoch = self.epoch(number)
+        if (number + 1) * self.steps_per_epoch < self.num_steps:
+            self.prefetch(number + 1)
+        return epoch.batches[batch]
 
     def epoch(self, number: int) -> Epoch:
-        if self._cached is None or self._cached[0] != number:
-            self._cached = (number, self._draw(number))
-        return self._cached[1]
+        """Epoch 0, 1, …; what drawing it raised, if it did."""
+        return self._drawing(number).result()
+
+    def prefetch(self, number: int) -> None:
+        """Begin to draw the epoch in another thread. This epoch and the one before it are kept."""
+        self._drawing(number)
+
+    def _drawing(self, number: int) -> "Future[Epoch]":
+        with self._lock:
+            if number not in self._epochs:
+                drawing: Future[Epoch] = Future()
+                self._epochs = {n: e for n, e in self._epochs.items() if n == number - 1} | {number: drawing}
+                # A daemon: a run that ends or fails does not wait for an epoch that nobody needs.
+                threading.Thread(target=self._fulfil, args=(drawing, number), name="epoch", daemon=True).start()
+            return self._epochs[number]
+
+    def _fulfil(self, drawing: "Future[Epoch]", number: int) -> None:
+        try:
+            drawing.set_result(self._draw(number))
+        except BaseException as error:
+            drawing.set_exception(error)
 
     def _draw(self, number: int) -> Epoch:
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.config.seed, 1, number])))
-        size, drawn = self.global_size, [self._draw_source(source, rng) for source in range(len(self._rows_of))]
-        full, rest, rows_moved = [], [], 0
-        if self.config.data.mixing == "mixed":
-            rest = drawn
-        else:
-            for rows in drawn:
-                parts, moved = spread(self.corpus, rows, np.arange(0, len(rows), size), rng)
-                full += [part for part in parts if len(part.rows) == size]
-                rest += [part.rows for part in parts if len(part.rows) < size]
-                rows_moved += moved
-            if 0 < sum(map(len, rest)) < SMALLEST_BATCH * size:
-                rest.append(full.pop().rows)
+        rng, size, full, rest = self._rng(BATCHES, number), self.global_size, [], []
+        for source, num_rows in enumerate(self.rows_per_source):
+            stream = self._stream(source, number * num_rows, (number + 1) * num_rows)
+            rows = _Rows(stream, np.zeros(num_rows, dtype=bool))
+            if self._alone[source]:
+                starts = np.arange(0, num_rows, size)
+                limits = np.where(starts + size <= num_rows, 1, self._num_mixed)  # what is left is parted once more
+                rows = rows.spread(starts, limits, self.shared_texts, rng)
+                full += rows[: num_rows // size]
+                rest += rows[num_rows // size :]
+            else:
+                rest.append(rows)
+        if 0 < sum(map(len, rest)) < SMALLEST_BATCH * size:
+            rest.append(full.pop())
         if rest:
-            rows = rng.permutation(np.concatenate(rest))
-            parts, moved = spread(self.corpus, rows, np.arange(_num_batches(len(rows), size)) * size, rng)
-            full += parts
-            rows_moved += moved
-        order = rng.permutation(len(full))
-        return Epoch([full[i].rows for i in order], rows_moved, sum(part.num_duplicates for part in full))
+            rows = _Rows.joined(rest)[rng.permutation(sum(map(len, rest)))]
+            starts = np.arange(_num_batches(len(rows), size)) * size
+            full += rows.spread(starts, np.ones_like(starts), self.shared_texts, rng)
+        batches = [full[i].numbers for i in rng.permutation(len(full))]
+        moved = np.concatenate([batch.numbers[batch.moved] for batch in full])
+        return Epoch(batches, self._by_source(moved), self._by_source(repeating_rows(batches, self.shared_texts)))
 
-    def _draw_source(self, source: int, rng: np.random.Generator) -> np.ndarray:
-        """Its rows in random order: all of them as often as the weight says, plus a random part for the fraction."""
+    @cached_property
+    def _alone(self) -> list[bool]:
+        """Whether a source fills batches alone. Less than a batch of different rows can't, however often they come; and
+        a single source has nothing to be mixed with."""
+        if self.config.data.mixing == "mixed" or len(self._rows_of) == 1:
+            return [False] * len(self._rows_of)
+        fewest = map(min, self.rows_per_source, map(len, self._rows_of))
+        return [num_rows >= self.global_size for num_rows in fewest]
+
+    @cached_property
+    def _num_mixed(self) -> int:
+        """Batches of what is left of the sources."""
+        shares = zip(self.rows_per_source, self._alone, strict=True)
+        return _num_batches(sum(n % self.global_size if alone else n for n, alone in shares), self.global_size)
+
+    def _by_source(self, rows: np.ndarray) -> np.ndarray:
+        return np.bincount(self.corpus.source[rows], minlength=len(self._rows_of))
+
+    def _stream(self, source: int, start: int, stop: int) -> np.ndarray:
+        """Rows start, …, stop - 1 of the endless stream of a source."""
         rows = self._rows_of[source]
-        times, part = divmod(self.rows_per_source[source], len(rows))
-        return np.concatenate([rng.permutation(rows) for _ in range(times)] + [rng.permutation(rows)[:part]])
+        passes = np.tile(rows, (max(1, PASSES_ROWS // max(1, len(rows))), 1))
+        first, last = start // passes.size, (stop - 1) // passes.size
+        drawn = [self._rng(ORDER, source, block).permuted(passes, axis=1).ravel() for block in range(first, last + 1)]
+        return np.concatenate(drawn)[start - first * passes.size :][: stop - start]
+
+    def _rng(self, *purpose: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.config.seed, spawn_key=purpose)))
+
+    @cached_property
+    def shared_texts(self) -> SharedTexts:
+        """Counting a row as often as an epoch may take it: a slice that is no whole number of passes can begin within
+        one and end within another."""
+        num_rows = np.array([max(1, len(rows)) for rows in self._rows_of])
+        whole, part = np.divmod(self.rows_per_source, num_rows)
+        return SharedTexts.of(self.corpus, (whole + 2 * (part > 0))[self.corpus.source])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows in the order drawn, and which of them have left the batch that they were drawn for."""
+
+    numbers: np.ndarray
+    moved: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, which: np.ndarray | slice) -> "_Rows":
+        return _Rows(self.numbers[which], self.moved[which])
+
+    @classmethod
+    def joined(cls, parts: list["_Rows"]) -> "_Rows":
+        return cls(np.concatenate([p.numbers for p in parts]), np.concatenate([p.moved for p in parts]))
+
+    def spread(
+        self, starts: np.ndarray, limits: np.ndarray, shared: SharedTexts, rng: np.random.Generator
+    ) -> list["_Rows"]:
+        """Cut at ``starts`` into batches with few texts in more rows than the batch's limit."""
+        order = spread(self.numbers, starts, limits, shared, rng)
+        batch_at = np.searchsorted(starts, np.arange(len(self)), side="right")
+        rows = self[order]
+        rows = _Rows(rows.numbers, rows.moved | (batch_at[order] != batch_at))
+        return [rows[start:stop] for start, stop in zip(starts, [*starts[1:], len(self)], strict=True)]
+
+
+def share_epoch(num_rows: np.ndarray, weights: np.ndarray, temperature: float) -> list[int]:
+    """Rows that an epoch takes of every source: in proportion to (rows × weight)^(1/temperature), at least one.
+
+    They add up to sum(rows × weight) whatever the temperature, rounded by largest remainders.
+    """
+    wanted = num_rows * weights
+    total = round(float(wanted.sum()))
+    shares = wanted ** (1 / temperature)
+    exact = shares / shares.sum() * total
+    taken = np.floor(exact).astype(np.int64)
+    largest = np.argsort(taken - exact, kind="stable")[: total - taken.sum()]
+    taken[largest] += 1
+    return np.maximum(taken, num_rows > 0).tolist()
 
 
 def _num_batches(num_rows: int, size: int) -> int:
     full, rest = divmod(num_rows, size)
     return max(1, full + (rest >= SMALLEST_BATCH * size and rest > 0))
-
-
-@dataclass(frozen=True)
-class Part:
-    rows: np.ndarray
-    num_duplicates: int
-    """How often a text is in it once more, in another row."""
-
-
-def spread(corpus: Corpus, rows: np.ndarray, starts: np.ndarray, rng: np.random.Generator) -> tuple[list[Part], int]:
-    """Cut shuffled rows at ``starts`` into parts with no text twice, as far as that can be had by moving rows.
-
-    Also returns how many rows were moved to another part.
-    """
-    part_at = np.searchsorted(starts, np.arange(len(rows)), side="right") - 1
-    seating = _Seating(part_at, *_common_texts(corpus, rows))
-    seating.part_duplicates(random.Random(int(rng.integers(2**62))))
-    row_at = np.array(seating.row_at)
-    parts = zip(np.split(rows[row_at], starts[1:]), seating.num_duplicates(), strict=True)
-    return [Part(*part) for part in parts], int((part_at[row_at] != part_at).sum())
-
-
-def _common_texts(corpus: Corpus, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(position in rows, text) for every text that is in more than one row, each once a row, by position.
-
-    Texts with the same student token ids are the same text here.
-    """
-    position, counts = np.arange(len(rows)), corpus.num_negatives[rows]
-    owner = np.concatenate([position, position, np.repeat(position, counts)])
-    numbers = np.concatenate([corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)])
-    _, texts, times = np.unique(corpus.identity[numbers], return_inverse=True, return_counts=True)
-    is_common = times[texts] > 1
-    pairs = np.unique(owner[is_common] * len(times) + texts[is_common])  # a text twice in one row counts once
-    owner, texts = np.divmod(pairs, len(times))
-    _, texts, times = np.unique(texts, return_inverse=True, return_counts=True)
-    return owner[times[texts] > 1], texts[times[texts] > 1]
-
-
-class _Seating:
-    """Place p, which belongs to batch batch_at[p], holds row row_at[p]; rows move by changing places.
-
-    A text and a batch together are one key, text * num_batches + batch: `count` has how many rows of the batch have
-    the text. Only texts that are in more than one row are kept track of.
-    """
-
-    def __init__(self, batch_at: np.ndarray, owner: np.ndarray, texts: np.ndarray) -> None:
-        """batch_at: of every place, ascending. owner, texts: what _common_texts gives."""
-        self.num_batches = int(batch_at[-1]) + 1
-        self.ends = np.cumsum(np.bincount(batch_at)).tolist()
-        self.batch_at = batch_at.tolist()
-        self.row_at = list(range(len(batch_at)))
-        self.place_of = list(range(len(batch_at)))
-        keys = texts * self.num_batches
-        rows, starts = np.unique(owner, return_index=True)
-        bounds, flat = [*starts.tolist(), len(keys)], keys.tolist()
-        self.texts_of = {row: flat[bounds[i] : bounds[i + 1]] for i, row in enumerate(rows.tolist())}
-        keys, counts = np.unique(keys + batch_at[owner], return_counts=True)
-        self.count = dict(zip(keys.tolist(), counts.tolist(), strict=True))
-        texts, num_batches_with = np.unique(keys - keys % self.num_batches, return_counts=True)
-        self.num_batches_with = dict(zip(texts.tolist(), num_batches_with.tolist(), strict=True))
-
-    def num_duplicates(self) -> list[int]:
-        """Of every batch."""
-        duplicates = [0] * self.num_batches
-        for key, count in self.count.items():
-            duplicates[key % self.num_batches] += max(0, count - 1)
-        return duplicates
-
-    def part_duplicates(self, rng: random.Random) -> None:
-        """Every row with a text that its batch has twice changes places with another, as long as that helps."""
-        tries_left, fruitless = 100_000 + TRIES * len(self.texts_of), 0
-        while crowded := [row for row in self.texts_of if self._crowding_texts(row)]:
-            crowded_in = defaultdict(list)
-            for row in crowded:
-                crowded_in[self._batch_of(row)].append(row)
-            change = 0
-            for row in crowded:
-                # After a fruitless round moves that change nothing are made as well: they may open new ways.
-                moved, tries = self._move(row, crowded_in, rng, at_most=0 if fruitless else -1)
-                change += moved
-                tries_left -= tries
-            fruitless = 0 if change < 0 else fruitless + 1
-            if fruitless == 8 or tries_left < 0:
-                return
-
-    def _batch_of(self, row: int) -> int:
-        return self.batch_at[self.place_of[row]]
-
-    def _crowding_texts(self, row: int) -> list[int]:
-        batch = self._batch_of(row)
-        return [text for text in self.texts_of[row] if self.count[text + batch] > 1]
-
-    def _move(self, row: int, crowded_in: dict[int, list[int]], rng: random.Random, at_most: int) -> tuple[int, int]:
-        """(change in the number of duplicates, number of rows tried) of the first move that changes it by at_most."""
-        crowding = self._crowding_texts(row)
-        if all(self.num_batches_with[text] == self.num_batches for text in crowding):
-            return 0, 0
-        tries, first = 0, rng.randrange(self.num_batches)
-        for batch in chain(range(first, self.num_batches), range(first)):
-            if all(self.count.get(text + batch) for text in crowding):
-                continue
-            start, end = self.ends[batch - 1] if batch else 0, self.ends[batch]
-            anyone = (self.row_at[rng.randrange(start, end)] for _ in range(TRIES))
-            for other in chain(crowded_in[batch][:TRIES], anyone):
-                tries += 1
-                if self._batch_of(other) == batch and (change := self._change(row, other)) <= at_most:
-                    self._swap(row, other)
-                    return change, tries
-        return 0, tries
-
-    def _change(self, row: int, other: int) -> int:
-        """In the number of duplicates, if the two rows change places."""
-        change = 0
-        for one, two in ((row, other), (other, row)):
-            leaves, enters = self._batch_of(one), self._batch_of(two)
-            stays = self.texts_of.get(two, ())
-            for text in self.texts_of.get(one, ()):
-                if text not in stays:
-                    change += (self.count.get(text + enters, 0) > 0) - (self.count[text + leaves] > 1)
-        return change
-
-    def _swap(self, row: int, other: int) -> None:
-        for one, two in ((row, other), (other, row)):
-            leaves, enters = self._batch_of(one), self._batch_of(two)
-            for text in self.texts_of.get(one, ()):
-                self._add(text, leaves, -1)
-                self._add(text, enters, 1)
-        a, b = self.place_of[row], self.place_of[other]
-        self.place_of[row], self.place_of[other] = b, a
-        self.row_at[a], self.row_at[b] = other, row
-
-    def _add(self, text: int, batch: int, number: int) -> None:
-        before = self.count.get(text + batch, 0)
-        self.count[text + batch] = before + number
-        self.num_batches_with[text] += (before + number > 0) - (before > 0)

@@ -1,34 +1,23 @@
-"""Training rows out of parquet, jsonl, csv, arrow and Hub datasets: files found, columns mapped, rows checked."""
+"""Training rows out of files and Hub datasets: columns mapped to roles, rows checked, the others counted.
 
-import glob
-import json
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+source = open_sources(config.data)[0]
+for part in source.parts():              # each may be read by another process
+    for row in source.rows(part, report): ...
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
-from pathlib import Path
-from typing import Any
+from itertools import chain, repeat, starmap
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.fs
-import pyarrow.parquet
 
-from gist_dist.config import DataConfig, SourceConfig
+from gist_dist.config import DataConfig, Filters, SourceConfig
+from gist_dist.data.formats import HubRows
+from gist_dist.data.places import find_files
 from gist_dist.errors import UserError
-from gist_dist.hub import go_offline_if_unreachable
 
-FORMATS = {
-    ".parquet": "parquet",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-}
 LIST_KINDS = (
     pa.types.is_list,
     pa.types.is_large_list,
@@ -37,21 +26,35 @@ LIST_KINDS = (
     pa.types.is_large_list_view,
 )
 TEXT_KINDS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
-SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
-COMPRESSED = (".gz", ".bz2", ".zst")
-BATCH_ROWS = 8192
+PART_ROWS = 2**17
+"""Rows of a part, where they can be counted without reading them."""
 SHOWN_DROPS = 5
+NOT_A_PAIR = object()
+"""Stands for a cell that should be [instruction, text] and is not."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One training example: raw texts, without prompts."""
 
     anchor: str
     positive: str
     negatives: tuple[str, ...]
     number: int
-    """Of the row within its source, from 0."""
+    """Of the row within its part, from 0; unusable rows count."""
+    group: str | None = None
+    """Value of the split_by column."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One unit of parallel reading: some rows of a source's files, joined."""
+
+    files: tuple[int, ...]
+    """Indices of the source's files."""
+    start: int = 0
+    """First row, counted from the start of the first file."""
+    num_rows: int | None = None
+    """At most so many; None reads to the end."""
 
 
 @dataclass
@@ -72,6 +75,14 @@ class SourceReport:
         if len(self.first_dropped) < SHOWN_DROPS:
             self.first_dropped.append(f"{where}: {reason}")
 
+    def add(self, other: "SourceReport") -> None:
+        """The report of a later part of the same source."""
+        self.rows_read += other.rows_read
+        self.rows_used += other.rows_used
+        for reason, count in other.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self.first_dropped = (self.first_dropped + other.first_dropped)[:SHOWN_DROPS]
+
     def complaint(self) -> str:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.items())
         total = f"{sum(self.dropped.values()):,} of {self.rows_read:,} rows"
@@ -79,83 +90,246 @@ class SourceReport:
 
 
 class Source:
-    """One of data.sources: its files, found and opened once, and its rows."""
+    """One of data.sources: its files, found and looked into once, and its rows. Pickles, to be read elsewhere.
+
+    UserError for what can't be found, opened or read, and for columns that are missing or hold no text.
+    """
 
     def __init__(self, config: SourceConfig, number: int, root: str | None) -> None:
         self.config = config
         self.where = f"data.sources[{number}]"
-        self.report = SourceReport(config.label, config.path)
-        self.hub = None
-        self.files = _find_files(config, self.where, root)
-        if not self.files:
-            self.hub = _load_hub(config, self.where)
+        self.report = self.new_report()
+        self.files = find_files(config, self.where, root) or [HubRows(config, self.where)]
+        self.heads = self._of_files(lambda file: file.head())
         self.columns = self._map_columns()
+
+    def new_report(self) -> SourceReport:
+        return SourceReport(self.config.label, self.config.path)
 
     def fingerprint(self) -> list[list[Any]]:
         """Changes whenever what would be read may have changed."""
-        if self.hub is not None:
-            return [[self.config.path, self.hub._fingerprint]]
-        infos = (file.filesystem.get_file_info(file.path) for file in self.files)
-        return [[file.path, info.size, info.mtime_ns] for file, info in zip(self.files, infos, strict=True)]
+        return self._of_files(lambda file: file.fingerprint())
 
-    def rows(self) -> Iterator[Row]:
-        """Every usable row, in order; the others are counted in ``report`` with their reasons."""
-        self.report = SourceReport(self.config.label, self.config.path)
-        number = 0
-        for name, first, records in self._batches():
-            for in_file, (anchor, positive, negatives) in enumerate(records, start=first):
-                if number == self.config.max_rows:
-                    return
-                self.report.rows_read += 1
-                if reason := _complaint(anchor, positive, negatives):
-                    self.report.drop(f"{name} row {in_file}", reason)
+    def _of_files(self, ask: Callable[[Any], Any]) -> list[Any]:
+        """Asked at once: a remote place takes its time to answer each."""
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(ask, self.files))
+
+    def parts(self) -> list[Part]:
+        """The source in order, cut at row groups and record batches where those are not larger than a part.
+
+        Text files are not cut; under max_rows they are one part together, as only reading counts their rows.
+        """
+        left = self.config.max_rows
+        if left is not None and any(head.blocks is None for head in self.heads):
+            return [Part(tuple(range(len(self.files))), 0, left)]
+        parts = []
+        for number, head in enumerate(self.heads):
+            if head.blocks is None:
+                parts.append(Part((number,)))
+                continue
+            for start, stop in _cuts(head.blocks):
+                num_rows = stop - start if left is None else min(stop - start, left)
+                if num_rows:
+                    parts.append(Part((number,), start, num_rows))
+                left = None if left is None else left - num_rows
+        return parts
+
+    def rows(self, part: Part, report: SourceReport) -> Iterator[Row]:
+        """The usable rows of a part, in order; the others are counted in ``report`` with their reasons."""
+        assert not self.config.columns.is_classification, "a classification set has no rows until it is triplets"
+        number, has_groups = 0, self.config.split_by is not None
+        for name, first, columns in self._read(part):
+            count = len(columns[0])
+            groups = [_value(cell) for cell in columns.pop()] if has_groups else repeat(None, count)
+            anchors, positives, negatives = self._roles(columns)
+            records = zip(anchors, positives, negatives, range(number, number + count), groups, strict=True)
+            number += count
+            report.rows_read += count
+            # Told for a whole batch at once: nearly all batches are fine, and then no row is looked at alone.
+            if self._all_texts(chain(anchors, positives, *negatives)) and (
+                not has_groups or all(map(_is_text, groups))
+            ):
+                report.rows_used += count
+                yield from starmap(Row, records)
+                continue
+            for in_file, record in enumerate(records, start=first):
+                if reason := self._complaint(*record):
+                    report.drop(f"{name} row {in_file}", reason)
                 else:
-                    self.report.rows_used += 1
-                    yield Row(anchor, positive, negatives, number)
-                number += 1
+                    report.rows_used += 1
+                    yield Row(*record)
 
-    def _batches(self) -> Iterator[tuple[str, int, Iterable[tuple[Any, Any, tuple[Any, ...]]]]]:
-        """(file name, number of its first row, (anchor, positive, negatives) of each row)."""
-        wanted = [self.columns["anchor"], self.columns["positive"], *self.columns["negatives"]]
-        if self.hub is not None:
-            with _reading(f"{self.where}: {self.config.path}"):
-                rows = self.hub.select_columns(list(dict.fromkeys(wanted)))
-                for start in range(0, len(rows), BATCH_ROWS):
-                    batch = rows[start : start + BATCH_ROWS]
-                    yield self.config.path, start, _records([batch[name] for name in wanted])
-        for file in self.files:
-            first = 0
-            for columns in file.read(wanted, self.where):
-                yield file.name, first, _records(columns)
-                first += len(columns[0])
+    def read(self) -> Iterator[Row]:
+        """The usable rows of the whole source, numbered within it; ``self.report`` tells of the others."""
+        self.report, first = self.new_report(), 0
+        for part in self.parts():
+            for row in self.rows(part, self.report):
+                yield row._replace(number=first + row.number)
+            first = self.report.rows_read
 
-    def _map_columns(self) -> dict[str, Any]:
-        """Role → column, checked against what the source has."""
-        columns = self.config.columns
-        negatives = columns.negatives
-        for name, has in self._schemas():
+    def labelled(self) -> Iterator[tuple[str, str]]:
+        """(text, label) of every usable row of a classification set; ``self.report`` tells of the others."""
+        assert self.config.columns.is_classification
+        self.report = self.new_report()
+        for part in self.parts():
+            for name, first, (texts, labels) in self._read(part):
+                self.report.rows_read += len(texts)
+                pairs = zip(self._texts(texts), map(_value, labels), strict=True)
+                for in_file, (text, label) in enumerate(pairs, start=first):
+                    if reason := self._text_complaint("text", text) or self._value_complaint("columns.label", label):
+                        self.report.drop(f"{name} row {in_file}", reason)
+                    else:
+                        self.report.rows_used += 1
+                        yield text, label
+
+    def _read(self, part: Part) -> Iterator[tuple[str, int, list[list[Any]]]]:
+        """(file name, number of the first row within it, cells of each wanted column) of batches of rows."""
+        left = part.num_rows
+        for file in (self.files[number] for number in part.files):
+            for first, columns in file.read(self.columns, part.start, left):
+                yield file.name, first, columns
+                left = None if left is None else left - len(columns[0])
+            if left == 0:
+                return
+
+    def _roles(self, columns: list[list[Any]]) -> tuple[list[Any], list[Any], list[tuple[Any, ...]]]:
+        """Anchor, positive and negatives of each row; what is not text is still in there."""
+        anchors, positives, *cells = columns
+        if not cells:
+            return self._texts(anchors), self._texts(positives), [()] * len(anchors)
+        as_list = self._as_pairs if self.config.columns.instructions else _as_list
+        negatives = [
+            tuple(text for text in chain.from_iterable(map(as_list, row)) if text is not None)
+            for row in zip(*cells, strict=True)
+        ]
+        return self._texts(anchors), self._texts(positives), negatives
+
+    def _texts(self, cells: list[Any]) -> list[Any]:
+        return [self._paired(cell) for cell in cells] if self.config.columns.instructions else cells
+
+    def _as_pairs(self, cell: Any) -> list[Any]:
+        """The texts of a cell that is a pair, or a list of pairs."""
+        return [self._paired(cell)] if _is_pair(cell) else [self._paired(pair) for pair in _as_list(cell)]
+
+    def _paired(self, cell: Any) -> Any:
+        if cell is None:
+            return None
+        if not _is_pair(cell):
+            return NOT_A_PAIR
+        instruction, text = cell
+        both = self.config.columns.instructions == "prepend" and instruction.strip() and text.strip()
+        return f"{instruction} {text}" if both else text
+
+    def _all_texts(self, texts: Iterable[Any]) -> bool:
+        """Whether none of them would be complained of."""
+        texts = list(texts)
+        return (
+            set(map(type, texts)) <= {str}
+            and all(map(str.strip, texts))
+            and (all(map(str.isascii, texts)) or all(map(_is_unicode, texts)))
+            and not (self.config.filters != Filters() and any(map(self._out_of_bounds, texts)))
+        )
+
+    def _complaint(self, anchor: Any, positive: Any, negatives: tuple[Any, ...], number: int, group: Any) -> str:
+        """Why a row can't be used; empty if it can."""
+        for role, text in (("anchor", anchor), ("positive", positive), *(("negative", text) for text in negatives)):
+            if reason := self._text_complaint(role, text):
+                return reason
+        return self._value_complaint("split_by", group) if self.config.split_by is not None else ""
+
+    def _value_complaint(self, setting: str, value: Any) -> str:
+        if isinstance(value, str) and value:
+            return ""
+        column = self.config.split_by if setting == "split_by" else self.config.columns.label
+        kind = "missing" if value is None else "empty" if value == "" else f"{type(value).__name__}, not a single value"
+        return f"'{column}' ({setting}) is {kind}"
+
+    def _text_complaint(self, role: str, text: Any) -> str:
+        if text is None:
+            return f"{role} is missing"
+        if text is NOT_A_PAIR:
+            return f"{role} is no [instruction, text] pair (columns.instructions)"
+        if _is_pair(text):
+            return f"{role} is a pair, not text (set columns.instructions if it is [instruction, text])"
+        if not isinstance(text, str):
+            return f"{role} is {type(text).__name__}, not text"
+        if not text or text.isspace():
+            return f"{role} is empty"
+        if not text.isascii() and not _is_unicode(text):
+            return f"{role} has a lone surrogate, which is no character"
+        bound = self._out_of_bounds(text)
+        return bound and f"{role} {bound}"
+
+    def _out_of_bounds(self, text: str) -> str:
+        """Which of the filters a text fails; empty if none."""
+        filters = self.config.filters
+        if filters.min_characters and len(text) < filters.min_characters:
+            return f"has fewer than {filters.min_characters} characters (filters.min_characters)"
+        if filters.max_characters and len(text) > filters.max_characters:
+            return f"has more than {filters.max_characters} characters (filters.max_characters)"
+        if filters.min_words or filters.max_words:
+            num_words = len(text.split())
+            if filters.min_words and num_words < filters.min_words:
+                return f"has fewer than {filters.min_words} words (filters.min_words)"
+            if filters.max_words and num_words > filters.max_words:
+                return f"has more than {filters.max_words} words (filters.max_words)"
+        return ""
+
+    def _map_columns(self) -> list[str]:
+        """The columns to read, in the order that ``rows`` or ``labelled`` take them; all files must have them."""
+        columns, split_by = self.config.columns, self.config.split_by
+        if not any(head.columns for head in self.heads):
+            raise UserError(f"{self.where}: {self.config.path} is empty")
+        if columns.is_classification and split_by is not None:
+            raise UserError(f"{self.where}: split_by = {split_by}: a classification set is one source; remove split_by")
+        if columns.is_classification:
+            wanted = [("columns.text", columns.text), ("columns.label", columns.label)]
+        else:
+            negatives = columns.negatives
             if negatives is None:
-                negatives = next(((n,) for n in ("negatives", "negative") if n in has), ())
-            roles = [("anchor", columns.anchor), ("positive", columns.positive), *(("negatives", n) for n in negatives)]
-            for role, column in roles:
-                if column not in has:
-                    listed = ", ".join(f"'{n}'" for n in has) or "none"
-                    raise UserError(
-                        f"{self.where}: column '{column}' not in {name} (has: {listed}); set columns.{role}"
-                    )
-                kind = has[column]
-                if kind is not None and not _may_hold_text(kind, or_lists=role == "negatives"):
-                    raise UserError(
-                        f"{self.where}: column '{column}' of {name} holds {kind}, not text; set columns.{role}"
-                    )
-        return {"anchor": columns.anchor, "positive": columns.positive, "negatives": negatives or ()}
+                negatives = [n for n in ("negatives", "negative") if any(n in head.columns for head in self.heads)][:1]
+            wanted = [("columns.anchor", columns.anchor), ("columns.positive", columns.positive)]
+            wanted += [("columns.negatives", name) for name in negatives]
+            wanted += [("split_by", split_by)] if split_by is not None else []
+        for setting, column in wanted:
+            self._check_column(setting, column)
+        return [column for _, column in wanted]
 
-    def _schemas(self) -> Iterator[tuple[str, dict[str, pa.DataType | None]]]:
-        if self.hub is not None:
-            schema = self.hub.features.arrow_schema
-            yield self.config.path, {f.name: f.type for f in schema}
-        for file in self.files:
-            yield file.name, file.schema(self.where)
+    def _check_column(self, setting: str, column: str) -> None:
+        """UserError unless every file has the column, with a type that may hold what the setting says."""
+        heads = [(file.name, head) for file, head in zip(self.files, self.heads, strict=True) if head.columns]
+        good = [name for name, (has, *_) in heads if column in has and self._fits(setting, has[column])]
+        for name, (has, _, is_open) in heads:
+            if column in has and self._fits(setting, has[column]):
+                continue
+            if good and setting == "columns.negatives" and is_open:
+                continue
+            remedy = "mend that file or leave it out" if good else f"set {setting}"
+            if column in has:
+                problem = f"column '{column}' of {name} holds {has[column]}, not {self._need(setting)}"
+                problem += f" as in {good[0]}" if good else ""
+                if not good and self.config.columns.instructions is None and _may_hold_text(has[column], lists=2):
+                    remedy += ", or columns.instructions if its cells are [instruction, text] pairs"
+            else:
+                problem = f"column '{column}' of {good[0]} is" if good else f"column '{column}'"
+                problem += f" not in {name} (has: {', '.join(map(repr, has))})"
+            raise UserError(f"{self.where}: {problem}; {remedy}")
+
+    def _need(self, setting: str) -> str:
+        if setting in ("split_by", "columns.label"):
+            return "single values"
+        return "[instruction, text] pairs" if self.config.columns.instructions else "text"
+
+    def _fits(self, setting: str, kind: pa.DataType | None) -> bool:
+        """Whether a column of this type may hold what the setting names. None: its cells tell, one by one."""
+        need = self._need(setting)
+        if kind is None:
+            return True
+        if need == "single values":
+            return not pa.types.is_nested(kind)
+        lists = (need != "text") + (setting == "columns.negatives")
+        return _may_hold_text(kind, lists) and (need == "text" or _is_list(kind) or pa.types.is_null(kind))
 
 
 def open_sources(config: DataConfig) -> list[Source]:
@@ -163,261 +337,49 @@ def open_sources(config: DataConfig) -> list[Source]:
     return [Source(source, number, config.root) for number, source in enumerate(config.sources)]
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    filesystem: pa.fs.FileSystem
-    path: str
-
-    @property
-    def name(self) -> str:
-        return self.path.rsplit("/", 1)[-1]
-
-    @property
-    def format(self) -> str | None:
-        return FORMATS.get(_suffix(self.name))
-
-    def schema(self, where: str) -> dict[str, pa.DataType | None]:
-        """Column → type; None where the format has no types."""
-        with _reading(f"{where}: {self.path}"):
-            if self.format == "jsonl":
-                first_records = islice(self._json_records(where), 1000)
-                return dict.fromkeys(name for record in first_records for name in record)
-            if self.format == "csv":
-                return dict.fromkeys(self._open_csv([]).schema.names)
-            if self.format == "parquet":
-                schema = pa.parquet.read_schema(self.filesystem.open_input_file(self.path))
-            else:
-                schema = self._open_arrow().schema
-            return {field.name: field.type for field in schema}
-
-    def read(self, wanted: list[str], where: str) -> Iterator[list[list[Any]]]:
-        """Batches of the wanted columns, as Python values."""
-        with _reading(f"{where}: {self.path}"):
-            if self.format == "jsonl":
-                records = self._json_records(where)
-                while batch := list(islice(records, BATCH_ROWS)):
-                    yield [[record.get(name) for record in batch] for name in wanted]
-                return
-            if self.format == "parquet":
-                file = pa.parquet.ParquetFile(self.filesystem.open_input_file(self.path))
-                batches = file.iter_batches(batch_size=BATCH_ROWS, columns=list(dict.fromkeys(wanted)))
-            elif self.format == "csv":
-                batches = self._open_csv(wanted)
-            else:
-                batches = self._open_arrow()
-            for batch in batches:
-                for start in range(0, batch.num_rows, BATCH_ROWS):
-                    part = batch.slice(start, BATCH_ROWS)
-                    yield [part.column(name).to_pylist() for name in wanted]
-
-    def _json_records(self, where: str) -> Iterator[dict[str, Any]]:
-        """Of one object a line, or of a .json file that holds a list of objects."""
-        with self.filesystem.open_input_stream(self.path, compression="detect") as stream:
-            lines, is_list = _lines(stream), False
-            if _suffix(self.name) == ".json":
-                content = stream.read()
-                is_list = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
-                lines = [content] if is_list else content.split(b"\n")
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                value = self._json_value(line, number, where)
-                for record in value if is_list else [value]:
-                    if not isinstance(record, dict):
-                        kind = type(record).__name__
-                        raise UserError(f"{where}: {self.name} line {number} holds a JSON {kind}, not an object")
-                    yield record
-
-    def _json_value(self, line: bytes, number: int, where: str) -> Any:
-        try:
-            return json.loads(line)
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: {self.name} line {number} is not UTF-8 text; convert the file") from None
-        except json.JSONDecodeError as error:
-            number += error.lineno - 1
-            raise UserError(
-                f"{where}: {self.name} line {number} is not JSON ({error.msg}); mend or remove it"
-            ) from None
-        except (ValueError, RecursionError) as error:  # digits without end, brackets without end
-            reason = str(error).split(";")[0]
-            raise UserError(f"{where}: {self.name} line {number} can't be read ({reason}); remove it") from None
-
-    def _open_csv(self, wanted: list[str]) -> pa.csv.CSVStreamingReader:
-        """With the wanted columns, or all if none are."""
-        stream = self.filesystem.open_input_stream(self.path, compression="detect")
-        return pa.csv.open_csv(
-            stream,
-            # Without threads, errors name the row.
-            read_options=pa.csv.ReadOptions(block_size=16 * 2**20, use_threads=False),
-            parse_options=pa.csv.ParseOptions(
-                newlines_in_values=True, delimiter="\t" if _suffix(self.name) == ".tsv" else ","
-            ),
-            convert_options=pa.csv.ConvertOptions(
-                # Text stays text: "1984" is a title, "NA" a word. An empty cell is no negative.
-                column_types=dict.fromkeys(wanted, pa.string()),
-                include_columns=list(dict.fromkeys(wanted)),
-                null_values=[""],
-                strings_can_be_null=True,
-            ),
-        )
-
-    def _open_arrow(self) -> Any:
-        """A file as pyarrow writes it, or a stream as datasets keeps it."""
-        try:
-            return _IpcBatches(pa.ipc.open_file(self.filesystem.open_input_file(self.path)))
-        except pa.ArrowInvalid:
-            return pa.ipc.open_stream(self.filesystem.open_input_stream(self.path))
+def _cuts(blocks: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of parts of at most PART_ROWS rows, between blocks where that is possible."""
+    start = stop = 0
+    for num_rows in blocks:
+        if stop > start and stop + num_rows - start > PART_ROWS:
+            yield start, stop
+            start = stop
+        stop += num_rows
+        while stop - start > PART_ROWS:
+            yield start, start + PART_ROWS
+            start += PART_ROWS
+    if stop > start:
+        yield start, stop
 
 
-class _IpcBatches:
-    """The batches of an Arrow file, one at a time, as a stream reader gives them."""
-
-    def __init__(self, reader: pa.ipc.RecordBatchFileReader) -> None:
-        self.reader, self.schema = reader, reader.schema
-
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        return (self.reader.get_batch(i) for i in range(self.reader.num_record_batches))
+def _is_list(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in LIST_KINDS)
 
 
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Turns what Arrow says of a damaged file into a sentence that names the file."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not UTF-8 text; convert it") from error
-    except (pa.ArrowException, OSError, KeyError) as error:
-        if "invalid utf8" in str(error).lower():
-            raise UserError(f"{what} is not UTF-8 text; convert it") from error
-        raise UserError(f"{what} can't be read: {_reason(error)}") from error
-
-
-def _find_files(config: SourceConfig, where: str, root: str | None) -> list[SourceFile]:
-    """The files of a source, sorted; none if it is a Hub dataset."""
-    if "://" in config.path:
-        try:
-            filesystem, path = pa.fs.FileSystem.from_uri(config.path)
-        except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-            raise UserError(f"{where}: {config.path} can't be opened: {_reason(error)}") from None
-        return _list_files(filesystem, path, config, where)
-    path = Path(root or ".").expanduser() / Path(config.path).expanduser()
-    local = pa.fs.LocalFileSystem()
-    if path.exists():
-        return _list_files(local, str(path.absolute()), config, where)
-    if glob.has_magic(config.path):
-        found = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not found:
-            raise UserError(f"{where}: no file matches {path}")
-        return [_one_file(local, str(Path(p).absolute()), config, where) for p in found]
-    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", config.path) and _suffix(config.path) not in FORMATS
-    if root is None and is_hub_id:
-        return []
-    raise UserError(f"{where}: no file or folder {path}; correct path, or data.root if it is elsewhere")
-
-
-def _list_files(filesystem: pa.fs.FileSystem, path: str, config: SourceConfig, where: str) -> list[SourceFile]:
-    try:
-        info = filesystem.get_file_info(path)
-        if info.type == pa.fs.FileType.NotFound:
-            raise UserError(f"{where}: no file or folder {config.path}")
-        if info.type == pa.fs.FileType.File:
-            return [_one_file(filesystem, path, config, where)]
-        listed = filesystem.get_file_info(pa.fs.FileSelector(path, recursive=True))
-    except OSError as error:
-        raise UserError(f"{where}: {config.path} can't be listed: {_reason(error)}") from None
-    files = [SourceFile(filesystem, i.path) for i in listed if i.type == pa.fs.FileType.File]
-    files = sorted((f for f in files if f.format and _is_data(_within(f, path))), key=lambda f: f.path)
-    if not files:
-        raise UserError(f"{where}: no {', '.join(sorted(set(FORMATS.values())))} file in folder {config.path}")
-    splits = sorted({_split_of(f, path) for f in files})
-    split = config.split or ("train" if {"train"} < set(splits) <= SPLIT_NAMES else None)
-    if split and split not in splits:
-        raise UserError(f"{where}: no split '{split}' in {config.path} (has: {', '.join(splits)})")
-    return [f for f in files if split is None or _split_of(f, path) == split]
-
-
-def _within(file: "SourceFile", folder: str) -> list[str]:
-    return file.path[len(folder) :].lstrip("/").split("/")
-
-
-def _is_data(parts: list[str]) -> bool:
-    """Not hidden, and not one of the descriptions that datasets.save_to_disk puts beside the data."""
-    hidden = any(part.startswith((".", "_")) for part in parts)
-    return not hidden and parts[-1] not in ("dataset_info.json", "state.json", "dataset_dict.json")
-
-
-def _split_of(file: SourceFile, folder: str) -> str:
-    """data/train-00000.parquet, train/part-0.parquet and train.jsonl are all of split train."""
-    first, *rest = _within(file, folder)
-    name = first if rest and first != "data" else file.name
-    return re.split(r"[-.]|_\d", name)[0]
-
-
-def _one_file(filesystem: pa.fs.FileSystem, path: str, config: SourceConfig, where: str) -> SourceFile:
-    file = SourceFile(filesystem, path)
-    if file.format is None:
-        raise UserError(f"{where}: {file.name} is of no known format (known: {', '.join(FORMATS)})")
-    if config.split is not None:
-        raise UserError(f"{where}: split = {config.split}: {file.name} is one file and has no splits; remove split")
-    return file
-
-
-def _load_hub(config: SourceConfig, where: str) -> Any:
-    offline = go_offline_if_unreachable()
-    import datasets
-
-    try:
-        split = config.split or "train"
-        if not offline:  # before everything is downloaded
-            splits = datasets.get_dataset_split_names(config.path, config.subset, revision=config.revision)
-            if split not in splits:
-                raise UserError(f"{where}: no split '{split}' in {config.path} (has: {', '.join(splits)})")
-        return datasets.load_dataset(config.path, config.subset, split=split, revision=config.revision)
-    except UserError:
-        raise
-    except Exception as error:
-        is_away = offline and not isinstance(error, ValueError)  # those speak of the cached copy
-        reason = "the Hub is out of reach and its cache hasn't it" if is_away else _reason(error)
-        raise UserError(
-            f"{where}: '{config.path}' is no file here, and can't be had as a Hub dataset: {reason}"
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _suffix(name: str) -> str:
-    path = Path(name.lower())
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-
-
-def _may_hold_text(kind: pa.DataType, or_lists: bool = False) -> bool:
-    is_list = or_lists and any(is_kind(kind) for is_kind in LIST_KINDS)
-    if is_list or pa.types.is_dictionary(kind):
-        return _may_hold_text(kind.value_type)
+def _may_hold_text(kind: pa.DataType, lists: int = 0) -> bool:
+    """Text, or up to so many levels of lists of it."""
+    if pa.types.is_dictionary(kind):
+        return _may_hold_text(kind.value_type, lists)
+    if lists and _is_list(kind):
+        return _may_hold_text(kind.value_type, lists - 1)
     return any(is_kind(kind) for is_kind in TEXT_KINDS)
 
 
-def _records(columns: list[list[Any]]) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
-    """Rows out of columns; the cells of negatives are texts, lists of texts or null."""
-    for anchor, positive, *cells in zip(*columns, strict=True):
-        negatives = chain.from_iterable(cell if isinstance(cell, list) else (cell,) for cell in cells)
-        yield anchor, positive, tuple(text for text in negatives if text is not None)
+def _as_list(cell: Any) -> list[Any]:
+    return cell if isinstance(cell, list) else [cell]
 
 
-def _complaint(anchor: Any, positive: Any, negatives: tuple[Any, ...]) -> str:
-    """Why a row can't be used; empty if it can."""
-    for role, text in (("anchor", anchor), ("positive", positive), *(("negative", text) for text in negatives)):
-        if text is None:
-            return f"{role} is missing"
-        if not isinstance(text, str):
-            return f"{role} is {type(text).__name__}, not text"
-        if not text or text.isspace():
-            return f"{role} is empty"
-        if not text.isascii() and not _is_unicode(text):
-            return f"{role} has a lone surrogate, which is no character"
-    return ""
+def _is_pair(cell: Any) -> bool:
+    return isinstance(cell, list) and len(cell) == 2 and isinstance(cell[0], str) and isinstance(cell[1], str)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _value(cell: Any) -> Any:
+    """Numbers, dates and the like as text; null and what has parts as it is."""
+    return cell if cell is None or isinstance(cell, str | list | dict | bytes) else str(cell)
 
 
 def _is_unicode(text: str) -> bool:
@@ -426,12 +388,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _lines(stream: pa.NativeFile) -> Iterator[bytes]:
-    rest = b""
-    while block := stream.read(4 * 2**20):
-        *lines, rest = (rest + block).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest

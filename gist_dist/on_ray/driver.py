@@ -9,17 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gist_dist.config import RunConfig
-from gist_dist.data.corpus import Corpus, prepare
+from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Guide, Student
 from gist_dist.errors import UserError
 from gist_dist.evaluation import check_tasks
+from gist_dist.guide_cache import guide_fingerprint
 from gist_dist.model_card import write_model_card
 from gist_dist.on_ray.cluster import address_of, check_resources, connected, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.evaluation import evaluate_models
+from gist_dist.on_ray.precompute import precompute
+from gist_dist.on_ray.prepare import prepare_on_ray
+from gist_dist.on_ray.triplets import resolve_classification
 from gist_dist.on_ray.worker import FAILURE_NAME, LOG_NAME, train_worker
 from gist_dist.report import Summary, build_report
 from gist_dist.run_folder import RunFolder
@@ -38,14 +42,16 @@ def train_and_evaluate(config: RunConfig) -> Summary:
     check_tasks(config.evaluate)
     _check_tracking(config)
     trained = run.is_trained()
-    corpus = None if trained else prepare_run(config, run)
+    prepared = None if trained else prepare_run(config, run)
     if trained and not config.evaluate.tasks:
         logger.info("%s is trained; nothing is left to do but the report", run.folder)
     else:
         with connected(config.cluster) as resources:
-            if not trained:
+            if prepared:
                 check_resources(config.cluster, resources)
-                _fit(config, corpus, run, resources)
+                if config.guide and config.guide.mode == "cache":
+                    precompute(config, prepared.corpus, prepared.guide)
+                _fit(config, prepared, run, resources)
                 run.mark_trained()
             if config.evaluate.tasks:
                 evaluate_models(_models(config, run), config, run.folder / "mteb")
@@ -61,12 +67,49 @@ def _check_tracking(config: RunConfig) -> None:
         )
 
 
-def prepare_run(config: RunConfig, run: RunFolder) -> Corpus:
-    """Load both models once, on the CPU of the driver: to check them, and for their tokenizers."""
+class Prepared(NamedTuple):
+    """What a run is made of, loaded once on the CPU of the driver: to check it, and for its tokenizers."""
+
+    student: Student
+    guide: Guide | None
+    corpus: Corpus
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """UserError for models or data that can't be had."""
     logger.info("loading models and preparing data")
     student = Student(config.student)
-    guide = Guide(config.guide) if config.guide else None
-    corpus = prepare(config, student, guide)
+    guide = Guide(config.guide_or_student) if config.has_guide_model else None
+    _check_refresh(config, student, guide)
+    return Prepared(student, guide, prepare_on_ray(resolve_classification(config, student, guide), student, guide))
+
+
+def _check_refresh(config: RunConfig, student: Student, guide: Guide | None) -> None:
+    """A refreshed guide is the student, which reads the token ids that were prepared for the guide."""
+    if guide is None or config.guide.refresh is None:
+        return
+    ours, its = config.student.prompts, config.guide_or_student.prompts
+    same_prompts = all((s.prompts.student or ours) == (s.prompts.guide or its) for s in config.data.sources)
+    if guide.fingerprint() != student.fingerprint() or not same_prompts:
+        raise UserError(
+            f"guide.refresh = {config.guide.refresh}: the guide becomes a copy of the student, so both need the same "
+            "tokenizer, max_tokens and prompts; leave out guide.model to start from the student"
+        )
+
+
+def precompute_only(config: RunConfig) -> list[str]:
+    """`gist-dist precompute`: the guide's embeddings of the whole corpus; lines that say what was done."""
+    config = config.absolute_paths()
+    if not config.has_guide_model:
+        raise UserError("guide: there is no guide model whose embeddings could be kept; set guide.model")
+    prepared = prepare(config)
+    return precompute(config, prepared.corpus, prepared.guide).lines()
+
+
+def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
+    """Prepare, check that batches can be drawn, and only then take the run's folder."""
+    prepared = prepare(config)
+    corpus = prepared.corpus
     sampler = Sampler(corpus, config)
     run.create(config)  # not before: a mistake in the recipe's data can then be mended under the same name
     run.write_data_summary(corpus, sampler)
@@ -78,19 +121,19 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Corpus:
         config.batch.global_size,
         sampler.num_steps / sampler.steps_per_epoch,
     )
-    return corpus
+    return prepared
 
 
 def _models(config: RunConfig, run: RunFolder) -> dict[str, str]:
     models = {"trained": str(run.folder / "model")}
     if config.evaluate.baseline:
         models["baseline"] = config.student.model
-    if config.evaluate.guide and config.guide:
+    if config.evaluate.guide and config.guide and config.guide.model:
         models["guide"] = config.guide.model
     return models
 
 
-def _fit(config: RunConfig, corpus: Corpus, run: RunFolder, resources: dict[str, float]) -> None:
+def _fit(config: RunConfig, prepared: Prepared, run: RunFolder, resources: dict[str, float]) -> None:
     """Ray Train's worker group, restarted as often as cluster.max_failures says after lost workers."""
     import ray.train
     from ray.train.torch import TorchConfig
@@ -105,7 +148,8 @@ def _fit(config: RunConfig, corpus: Corpus, run: RunFolder, resources: dict[str,
         train_worker,
         train_loop_config={
             "recipe": config.model_dump(mode="json"),
-            "corpus": str(corpus.folder),
+            "corpus": prepared.corpus.place,
+            "guide_cache": _cache_of(config, prepared.guide),
             "use_gpu": gpus > 0,
             "threads": max(1, int(cpus)),
         },
@@ -133,6 +177,13 @@ def _fit(config: RunConfig, corpus: Corpus, run: RunFolder, resources: dict[str,
         shutil.rmtree(run.folder / ".ray", ignore_errors=True)
     if failure.exists():
         raise UserError(json.loads(failure.read_text())["error"])
+
+
+def _cache_of(config: RunConfig, guide: Guide | None) -> dict[str, Any] | None:
+    """Which guide's cache the workers open."""
+    if guide is None or config.guide.mode != "cache":
+        return None
+    return {"fingerprint": guide_fingerprint(guide), "width": guide.width}
 
 
 def _trainer_class(local: bool) -> Any:

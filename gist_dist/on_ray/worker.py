@@ -17,9 +17,10 @@ def train_worker(payload: dict[str, Any]) -> None:
     """Load what a worker hosts and train. A UserError ends the run on all ranks, without Ray's retries."""
     from gist_dist.collectives import World
     from gist_dist.config import parse_config
-    from gist_dist.data.corpus import Corpus
+    from gist_dist.data.corpus import open_corpus
     from gist_dist.encoder import Guide, Student
     from gist_dist.errors import UserError
+    from gist_dist.guide_cache import GuideCache
     from gist_dist.trainer import train
 
     config = parse_config(payload["recipe"])
@@ -28,8 +29,12 @@ def train_worker(payload: dict[str, Any]) -> None:
     device = _prepare_device(payload)
     try:
         student = Student(config.student, device)
-        guide = Guide(config.guide, device) if config.guide else None
-        train(config, Corpus(Path(payload["corpus"])), student, guide, world)
+        guide: Guide | GuideCache | None = None
+        if payload["guide_cache"]:
+            guide = GuideCache(config.guide_cache_dir, **payload["guide_cache"], local_copy=config.data.local_copy)
+        elif config.has_guide_model:
+            guide = Guide(config.guide_or_student, device)
+        train(config, open_corpus(config, payload["corpus"]), student, guide, world)
     except UserError as error:
         if world.rank == 0:
             (config.run_dir / FAILURE_NAME).write_text(json.dumps({"error": str(error)}))

@@ -1,0 +1,368 @@
+"""Reading one file, or one Hub dataset: its columns, and any run of its rows, as Python values."""
+
+import csv
+import io
+import json
+import re
+import sys
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet
+
+from gist_dist.config import SourceConfig
+from gist_dist.errors import UserError
+from gist_dist.hub import go_offline_if_unreachable
+
+FORMATS = {
+    ".parquet": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+COMPRESSED = (".gz", ".bz2", ".zst")
+BATCH_ROWS = 1024
+"""Rows held as Python objects at once; texts may be a megabyte each."""
+SCHEMA_RECORDS = 1000
+"""JSON records looked at to learn a file's columns."""
+READ_BYTES = 4 * 2**20
+CELL_BYTES = 64 * 2**20
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Head(NamedTuple):
+    """What a file tells without its rows being read."""
+
+    columns: dict[str, pa.DataType | None]
+    """Column → type; None where the format has no types."""
+    blocks: tuple[int, ...] | None
+    """Rows of each row group or record batch; None where only reading counts them."""
+    is_open: bool = False
+    """Whether its rows may have columns beyond these."""
+
+
+class HubRows:
+    """A Hub dataset, read like a file; loaded again where it is unpickled."""
+
+    def __init__(self, config: SourceConfig, where: str) -> None:
+        self.config, self.where, self.name = config, where, config.path
+        self.dataset = _load_hub(config, where)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HubRows, (self.config, self.where)
+
+    def fingerprint(self) -> list[Any]:
+        return [self.name, self.dataset._fingerprint]
+
+    def head(self) -> Head:
+        schema = self.dataset.features.arrow_schema
+        return Head(dict(fields(schema)), (len(self.dataset),))
+
+    def read(self, wanted: list[str], start: int, num_rows: int | None) -> Iterator[tuple[int, list[list[Any]]]]:
+        """As SourceFile.read."""
+        rows = self.dataset.select_columns(list(dict.fromkeys(wanted))).with_format("arrow")
+        stop = len(rows) if num_rows is None else min(start + num_rows, len(rows))
+        with reading(f"{self.where}: {self.name}"):
+            tables = (rows[at : min(at + BATCH_ROWS, stop)] for at in range(start, stop, BATCH_ROWS))
+            batches = chain.from_iterable(table.to_batches() for table in tables)
+            yield from slices(batches, start, start, stop, wanted)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    filesystem: pa.fs.FileSystem
+    path: str
+    where: str
+    """Of its source, for error messages."""
+
+    @property
+    def name(self) -> str:
+        path = self.path.split("?")[0] if "://" in self.path else self.path
+        return path.rsplit("/", 1)[-1]
+
+    @property
+    def format(self) -> str | None:
+        return FORMATS.get(suffix(self.name))
+
+    def fingerprint(self) -> list[Any]:
+        """Path, size and time of change; for a place without such times, what else it tells of the file."""
+        info = self.filesystem.get_file_info(self.path)
+        if info.mtime_ns is None and isinstance(self.filesystem, pa.fs.PyFileSystem):
+            return [self.path, info.size, self.filesystem.handler.fs.ukey(self.path)]
+        return [self.path, info.size, info.mtime_ns]
+
+    def head(self) -> Head:
+        with self._reading():
+            if self.format == "parquet":
+                file = pa.parquet.ParquetFile(self.filesystem.open_input_file(self.path))
+                return Head(self._types(fields(file.schema_arrow)), _row_groups(file.metadata))
+            if self.format == "arrow":
+                columns = self._types(fields(self._open_arrow().schema))
+                is_local = isinstance(self.filesystem, pa.fs.LocalFileSystem)
+                counted = self._open_arrow([*columns][:1]) if is_local else None
+                return Head(columns, None if counted is None else tuple(batch.num_rows for batch in counted))
+            if self.format == "csv":
+                with self._open_text() as stream:
+                    return Head(self._types((name, None) for name in next(self._csv_rows(stream), (1, []))[1]), None)
+            with self._open_text() as stream:
+                records = islice(self._json_records(stream), SCHEMA_RECORDS)
+                return Head(dict.fromkeys(name for record in records for name in record), None, is_open=True)
+
+    def read(self, wanted: list[str], start: int, num_rows: int | None) -> Iterator[tuple[int, list[list[Any]]]]:
+        """(number of the first row, cells of each wanted column) of batches of at most BATCH_ROWS rows."""
+        stop = sys.maxsize if num_rows is None else start + num_rows
+        with self._reading():
+            if self.format == "parquet":
+                yield from self._read_parquet(wanted, start, stop)
+            elif self.format == "arrow":
+                yield from slices(self._open_arrow(wanted), 0, start, stop, wanted)
+            else:
+                with self._open_text() as stream:
+                    cells = self._csv_cells if self.format == "csv" else self._json_cells
+                    records = islice(cells(stream, wanted), start, stop)
+                    while batch := list(islice(records, BATCH_ROWS)):
+                        yield start, [list(cells) for cells in zip(*batch, strict=True)]
+                        start += len(batch)
+
+    def _read_parquet(self, wanted: list[str], start: int, stop: int) -> Iterator[tuple[int, list[list[Any]]]]:
+        file = pa.parquet.ParquetFile(
+            self.filesystem.open_input_file(self.path),
+            buffer_size=READ_BYTES,
+            pre_buffer=False,  # a row group may be large: its columns are read as they are used
+            page_checksum_verification=True,
+        )
+        ends = list(accumulate(_row_groups(file.metadata)))
+        groups = range(bisect_right(ends, start), min(bisect_left(ends, stop) + 1, len(ends)))
+        if groups:
+            batches = file.iter_batches(BATCH_ROWS, groups, columns=list(dict.fromkeys(wanted)))
+            yield from slices(batches, ends[groups[0] - 1] if groups[0] else 0, start, stop, wanted)
+
+    def _open_arrow(self, wanted: list[str] | None = None) -> Any:
+        """The batches, with all columns or the wanted ones, of a file as pyarrow writes it, or a stream as datasets
+        keeps it; it has a schema."""
+        options = pa.ipc.IpcReadOptions()
+        if wanted is not None:
+            names = self._open_arrow().schema.names
+            options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in dict.fromkeys(wanted)])
+        if isinstance(self.filesystem, pa.fs.LocalFileSystem):
+            file = pa.memory_map(self.path)
+        else:
+            file = self.filesystem.open_input_file(self.path)
+        try:
+            return _IpcBatches(pa.ipc.open_file(file, options=options))
+        except pa.ArrowInvalid:
+            file.seek(0)
+            return pa.ipc.open_stream(file, options=options)
+
+    @contextmanager
+    def _open_text(self) -> Iterator[io.BufferedReader]:
+        """The bytes after a byte order mark; UserError where they are not UTF-8 for certain."""
+        with self.filesystem.open_input_stream(self.path, compression="detect") as raw:
+            stream = io.BufferedReader(raw, READ_BYTES)
+            first = stream.peek(4)[:4]
+            if first.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in first:
+                raise UserError(f"{self.where}: {self.path} is UTF-16 or UTF-32 text, not UTF-8; convert it")
+            if first.startswith(b"\xef\xbb\xbf"):
+                stream.read(3)
+            yield stream
+
+    def _csv_cells(self, stream: io.BufferedReader, wanted: list[str]) -> Iterator[tuple[str | None, ...]]:
+        """The wanted cells of each row. Text stays text ("1984" is a title, "NA" a word); an empty cell is null."""
+        rows = self._csv_rows(stream)
+        _, header = next(rows, (0, wanted))  # an empty file has no row either
+        places = [header.index(name) for name in wanted]
+        for line, cells in rows:
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{self.where}: {self.name} line {line} has {len(cells)} cells where the header has {len(header)}; "
+                    "mend or remove it"
+                )
+            yield tuple([cells[place] or None for place in places])
+
+    def _csv_rows(self, stream: io.BufferedReader) -> Iterator[tuple[int, list[str]]]:
+        """(line it starts in, cells) of each row, the header's first."""
+        csv.field_size_limit(CELL_BYTES)
+        delimiter = "\t" if suffix(self.name) == ".tsv" else ","
+        reader = csv.reader(io.TextIOWrapper(stream, "utf-8", newline=""), delimiter=delimiter, strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise UserError(
+                    f"{self.where}: {self.name} line {line} is no CSV ({error}); mend it: a quote within a quoted cell "
+                    "is written twice, and one that opens a cell closes it"
+                ) from None
+            if cells is None:
+                return
+            if cells:
+                yield line, cells
+
+    def _json_cells(self, stream: io.BufferedReader, wanted: list[str]) -> Iterator[tuple[Any, ...]]:
+        return (tuple(map(record.get, wanted)) for record in self._json_records(stream))
+
+    def _json_records(self, stream: io.BufferedReader) -> Iterator[dict[str, Any]]:
+        """Of one object a line, or of a file that is one list of objects."""
+        is_list = stream.peek(1).lstrip()[:1] == b"["
+        for line, value in self._json_list(stream) if is_list else self._json_lines(stream):
+            if not isinstance(value, dict):
+                kind = type(value).__name__
+                raise UserError(f"{self.where}: {self.name} line {line} holds a JSON {kind}, not an object")
+            yield value
+
+    def _json_lines(self, stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
+        for number, line in enumerate(stream, start=1):
+            if line.isspace():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise self._no_json(error, number) from None
+            yield number, value
+
+    def _json_list(self, stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
+        """(line, value) of the list's values, without the whole file in memory: MEDI's is one list of 1.4 million."""
+        file, decode = io.TextIOWrapper(stream, "utf-8"), json.JSONDecoder().raw_decode
+        text = file.read(READ_BYTES)
+        at, line, comma_first = text.index("[") + 1, 1 + text[: text.index("[")].count("\n"), False
+        while True:
+            start, at = at, JSON_SPACE.match(text, at).end()
+            line += text.count("\n", start, at)
+            error = None
+            if at < len(text) and text[at] == "]":
+                return
+            if at < len(text) and comma_first:
+                if text[at] != ",":
+                    raise self._no_json(json.JSONDecodeError("Expecting ',' delimiter", text, at), line)
+                at, comma_first = at + 1, False
+                continue
+            try:
+                value, end = decode(text, at)
+            except (ValueError, RecursionError) as failure:
+                error = failure
+            if error is None:
+                yield line, value
+                line += text.count("\n", at, end)
+                at, comma_first = end, True
+            elif _may_be_cut(error, text) and (more := file.read(max(READ_BYTES, len(text)))):
+                text, at = text[at:] + more, 0
+            else:
+                within = text.count("\n", at, error.pos) if isinstance(error, json.JSONDecodeError) else 0
+                raise self._no_json(error, line + within)
+
+    def _no_json(self, error: Exception, line: int) -> UserError:
+        where = f"{self.where}: {self.name} line {line}"
+        if isinstance(error, UnicodeDecodeError):
+            return UserError(f"{where} is not UTF-8 text; convert the file")
+        if isinstance(error, json.JSONDecodeError):
+            return UserError(f"{where} is not JSON ({error.msg}); mend or remove it")
+        # Digits without end, brackets without end.
+        return UserError(f"{where} can't be read ({str(error).split(';')[0]}); remove it")
+
+    def _types(self, fields: Iterable[tuple[str, pa.DataType | None]]) -> dict[str, pa.DataType | None]:
+        """By column; UserError if two have one name."""
+        types: dict[str, pa.DataType | None] = {}
+        for name, kind in fields:
+            if name in types and name:
+                raise UserError(f"{self.where}: {self.name} has two columns '{name}'; rename one")
+            types[name] = kind
+        return types
+
+    def _reading(self) -> Any:
+        return reading(f"{self.where}: {self.path}", self.filesystem)
+
+
+class _IpcBatches:
+    """The batches of an Arrow file, one at a time, as a stream reader gives them."""
+
+    def __init__(self, reader: pa.ipc.RecordBatchFileReader) -> None:
+        self.reader, self.schema = reader, reader.schema
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return (self.reader.get_batch(i) for i in range(self.reader.num_record_batches))
+
+
+def fields(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
+    return [(field.name, field.type) for field in schema]
+
+
+def _row_groups(metadata: pa.parquet.FileMetaData) -> tuple[int, ...]:
+    return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+
+
+def slices(
+    batches: Iterable[pa.RecordBatch], first: int, start: int, stop: int, wanted: list[str]
+) -> Iterator[tuple[int, list[list[Any]]]]:
+    """Rows start to stop, as Python values, of batches that begin with row ``first``."""
+    for batch in batches:
+        for at in range(max(start, first), min(stop, first + batch.num_rows), BATCH_ROWS):
+            part = batch.slice(at - first, min(BATCH_ROWS, stop - at))
+            yield at, [part.column(name).to_pylist() for name in wanted]
+        first += batch.num_rows
+        if first >= stop:
+            return
+
+
+def _may_be_cut(error: Exception, text: str) -> bool:
+    """Whether the parser may have failed for want of text: within a string, or at the very end."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text) - len("\\uFFFF\\uFFFF")
+
+
+@contextmanager
+def reading(what: str, filesystem: pa.fs.FileSystem | None = None) -> Iterator[None]:
+    """Turns what Arrow says of a damaged file into a sentence that names the file."""
+    # File systems of fsspec raise whatever the libraries below them do.
+    errors = Exception if isinstance(filesystem, pa.fs.PyFileSystem) else (pa.ArrowException, OSError, KeyError)
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} is not UTF-8 text; convert it") from error
+    except errors as error:
+        if "invalid utf8" in str(error).lower():
+            raise UserError(f"{what} is not UTF-8 text; convert it") from error
+        raise UserError(f"{what} can't be read: {reason(error)}") from error
+
+
+def _load_hub(config: SourceConfig, where: str) -> Any:
+    offline = go_offline_if_unreachable()
+    import datasets
+
+    try:
+        split = config.split or "train"
+        if not offline:  # before everything is downloaded
+            splits = datasets.get_dataset_split_names(config.path, config.subset, revision=config.revision)
+            if split not in splits:
+                raise UserError(f"{where}: no split '{split}' in {config.path} (has: {', '.join(splits)})")
+        return datasets.load_dataset(config.path, config.subset, split=split, revision=config.revision)
+    except UserError:
+        raise
+    except Exception as error:
+        is_away = offline and not isinstance(error, ValueError)  # those speak of the cached copy
+        why = "the Hub is out of reach and its cache hasn't it" if is_away else reason(error)
+        raise UserError(
+            f"{where}: '{config.path}' is no file here, and can't be had as a Hub dataset: {why}"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def suffix(name: str) -> str:
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix

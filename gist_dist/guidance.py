@@ -1,0 +1,124 @@
+"""What the guide is at every step: a model in the step, embeddings from the cache, or a frozen copy of the student."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from gist_dist.collectives import barrier
+from gist_dist.data.plan import BatchPlan, plan_batch
+from gist_dist.data.sampler import Sampler
+from gist_dist.encoder import Guide, save_model
+from gist_dist.errors import UserError
+from gist_dist.guide_cache import GuideCache, fill, guide_fingerprint
+from gist_dist.step import Trainee
+
+
+class Guidance:
+    """Plans batches with what the guide needs, and renews the guide where the recipe says guide.refresh.
+
+    With refresh, step s is guided by the student as it was after the last step before s that is a multiple of
+    refresh: a function of the step alone, so that a resumed run is guided as an undisturbed one.
+    """
+
+    def __init__(self, trainee: Trainee, sampler: Sampler, cache: GuideCache | None) -> None:
+        self.trainee, self.sampler, self.config = trainee, sampler, trainee.config
+        self.folder = self.config.run_dir / "guides"
+        self.refresh = self.config.guide.refresh if self.config.guide else None
+        self.cache = cache
+        if cache is not None:
+            self._locate(trainee.corpus.texts_in_use)
+
+    def plan(self, step: int) -> BatchPlan:
+        config, corpus = self.config, self.trainee.corpus
+        encodes = self.trainee.guide is not None
+        plan = plan_batch(corpus, self.sampler.rows(step), step, config.batch.chunk_tokens, encodes)
+        if self.cache is None:
+            return plan
+        return replace(plan, guide_embeddings=self.cache.embeddings(self.positions[plan.guide_inputs]))
+
+    def changes_after(self, step: int) -> bool:
+        return self.refresh is not None and step % self.refresh == 0 and step < self.sampler.num_steps
+
+    def resume(self, done: int) -> None:
+        """Take up the guide of the step after `done`."""
+        if self.refresh is None or done < self.refresh or done >= self.sampler.num_steps:
+            return
+        folder = self._folder(done // self.refresh * self.refresh)
+        if not folder.is_dir():
+            raise UserError(f"{folder} is missing: the guide of step {done + 1}; start the run over under another name")
+        student = self.trainee.student
+        update = {"model": str(folder), "revision": None, "max_tokens": student.model.max_seq_length}
+        self._adopt(Guide(self.config.guide.model_copy(update=update), student.device), done)
+
+    def renew(self, step: int) -> None:
+        """The student of this step becomes the guide, on every worker; rank 0 keeps a copy for a resumed run."""
+        student, world = self.trainee.student, self.trainee.world
+        if world.rank == 0:
+            self.folder.mkdir(exist_ok=True)
+            save_model(student, self._folder(step))
+        barrier(world)
+        self._adopt(Guide.copy_of(student, self.config.guide), step)
+
+    def collect(self, checkpoints: Iterable[int]) -> None:
+        """Remove the copies that no step after one of these checkpoints is guided by."""
+        if self.refresh is None or not self.folder.is_dir():
+            return
+        needed = {self._folder(step // self.refresh * self.refresh) for step in checkpoints}
+        for folder in set(self.folder.glob("step-*")) - needed:
+            shutil.rmtree(folder)
+
+    def _folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _adopt(self, guide: Guide, done: int) -> None:
+        if self.config.guide.mode == "online":
+            self.trainee.guide = guide
+            return
+        config, world, corpus = self.config, self.trainee.world, self.trainee.corpus
+        cache = GuideCache(config.guide_cache_dir, guide_fingerprint(guide), guide.width, config.data.local_copy)
+        texts = self._texts_until_renewal(done)
+        share = (world.rank, world.size)
+        fill(
+            cache,
+            corpus.guide_keys[texts],
+            lambda chosen: corpus.guide_tokens(texts[chosen]),
+            corpus.guide_lengths[texts],
+            guide,
+            config.batch.chunk_tokens,
+            share,
+        )
+        barrier(world)
+        cache.refresh()
+        outdated, self.cache = self.cache, cache
+        self._locate(texts)
+        barrier(world)
+        if world.rank == 0 and done > self.refresh and outdated is not None:  # the first one is the recipe's guide
+            outdated.remove()
+
+    def _texts_until_renewal(self, done: int) -> np.ndarray:
+        """Text numbers of the steps that the new guide guides."""
+        corpus, last = (
+            self.trainee.corpus,
+            min(done // self.refresh * self.refresh + self.refresh, self.sampler.num_steps),
+        )
+        seen = np.zeros(len(corpus.identity), dtype=bool)
+        for step in range(done + 1, last + 1):
+            rows = self.sampler.rows(step)
+            for texts in (corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)):
+                seen[texts] = True
+        return np.flatnonzero(seen)
+
+    def _locate(self, texts: np.ndarray) -> None:
+        """Where in the cache every text is, -1 for those not asked for."""
+        corpus = self.trainee.corpus
+        self.positions = np.full(len(corpus.identity), -1, dtype=np.int64)
+        self.positions[texts] = self.cache.find(corpus.guide_keys[texts])
+        num_missing = int((self.positions[texts] < 0).sum())
+        if num_missing:
+            raise UserError(
+                f"the guide cache lacks {num_missing:,} of {len(texts):,} texts; run again, or gist-dist precompute, "
+                "and they are encoded"
+            )

@@ -1,0 +1,338 @@
+"""`gist-dist mine`: hard negatives for every row by the guide, written as sources that a recipe can use.
+
+<output>/<source>.parquet   anchor, positive, negatives: the row's own first, then the mined ones, nearest first
+         sources.yaml       data.sources of a recipe that trains on them
+         mining.json        what it was made from, and what became of the rows
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+import yaml
+from ray.exceptions import RayError, RayTaskError
+
+from gist_dist.config import Columns, GuideConfig, RunConfig, SourceConfig
+from gist_dist.data.corpus import Corpus
+from gist_dist.encoder import Guide, Student
+from gist_dist.errors import UserError
+from gist_dist.files import write_atomically
+from gist_dist.guide_cache import GuideCache, guide_fingerprint
+from gist_dist.mining import REASONS, Mined, MineOptions, Search, mine_block, plan_corpus_search
+from gist_dist.on_ray.cluster import check_resources, connected, gpus_per_worker
+from gist_dist.on_ray.precompute import precompute
+from gist_dist.on_ray.prepare import prepare_on_ray
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+PROGRESS_SECONDS = 5
+ROWS_PER_GROUP = 2**13
+SHORT_OF = {reason: f"because of {reason}" for reason in REASONS} | {"rank": "because no more are near enough in rank"}
+
+
+@dataclass(frozen=True)
+class MiningReport:
+    """What mining.json holds."""
+
+    folder: Path
+    counts: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """For the user."""
+        counts, short = self.counts, self.counts["short"]
+        told = [
+            f"{counts['mined']:,} negatives for {counts['rows']:,} rows ({counts['anchors']:,} distinct anchors), out "
+            f"of {counts['pool']:,} texts, in {counts['seconds']['search']:.1f} s"
+        ]
+        if counts["mined"]:
+            told.append(
+                f"mean similarity to the anchor: positives {counts['positive_similarity']:.4f}, negatives "
+                f"{counts['negative_similarity']:.4f}"
+            )
+        if short:
+            reasons = ", ".join(f"{rows:,} {SHORT_OF[reason]}" for reason, rows in short.items())
+            told.append(f"{sum(short.values()):,} rows got fewer than {counts['negatives']}: {reasons}")
+        return [*told, f"{self.folder / 'sources.yaml'} lists the sources for a recipe's data section"]
+
+
+def mine(config: RunConfig, options: MineOptions, output: Path) -> MiningReport:
+    """Prepare the corpus, have its embeddings in the guide cache, search on Ray, write the sources.
+
+    An interrupted call goes on where it was; what is finished, of the same inputs, is left as it is. Raises UserError.
+    """
+    started, output = time.monotonic(), Path(output).expanduser().absolute()
+    _refuse_other_folder(output)
+    recipe = config.absolute_paths()
+    config = _minable(_with_model(recipe, options))
+    logger.info("loading models and preparing data")
+    student, guide = Student(config.student), Guide(config.guide_or_student)
+    with connected(config.cluster) as resources:
+        corpus = prepare_on_ray(config, student, guide)
+        inputs = _inputs(recipe, options, corpus, guide)
+        if finished := _finished(output, inputs):
+            logger.info("%s holds these negatives already", output)
+            return finished
+        precompute(config, corpus, guide)
+        search = plan_corpus_search(corpus, options)
+        logger.info("searching %s texts for %s anchors", f"{len(search.pool):,}", f"{len(search.anchors):,}")
+        ready = time.monotonic()
+        blocks = output / f".blocks-{_key(inputs)}"
+        mined = list(_search(config, options, corpus, guide, search, blocks, resources))
+    searched = time.monotonic()
+    counts = _write_sources(output, recipe, corpus, search, mined, options)
+    counts["seconds"] = {"prepare": ready - started, "search": searched - ready, "write": time.monotonic() - searched}
+    document = {"inputs": inputs, "options": asdict(options), "model": config.guide_or_student.model, "counts": counts}
+    _write_text(output / "mining.json", json.dumps(document, indent=1))
+    for folder in output.glob(".blocks-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    return MiningReport(output, counts)
+
+
+def _with_model(config: RunConfig, options: MineOptions) -> RunConfig:
+    """With the model that scores as the guide; prompts in the recipe are the recipe's guide's."""
+    if options.model is None:
+        if not config.has_guide_model:
+            raise UserError("guide: there is no guide model to score with; set guide.model or give --model")
+        return config
+    kept = config.guide.cache_dir if config.guide else None
+    guide = GuideConfig(model=options.model, cache_dir=kept)
+    sources = (
+        s.model_copy(update={"prompts": s.prompts.model_copy(update={"guide": None})}) for s in config.data.sources
+    )
+    data = config.data.model_copy(update={"sources": tuple(sources)})
+    return config.model_copy(update={"guide": guide, "data": data}).absolute_paths()
+
+
+def _minable(config: RunConfig) -> RunConfig:
+    """Without the classification sets: what is nearest to their texts is of the same class."""
+    kept = tuple(source for source in config.data.sources if not source.columns.is_classification)
+    if not kept:
+        raise UserError("data.sources are classification sets, whose triplets have negatives of other classes already")
+    for source in config.data.sources:
+        if source.columns.is_classification:
+            logger.info("%s is a classification set, with negatives of other classes: none is mined", source.label)
+    batch = config.batch.model_copy(update={"global_size": 2})  # nothing is trained: any number of rows will do
+    return config.model_copy(update={"data": config.data.model_copy(update={"sources": kept}), "batch": batch})
+
+
+def _inputs(recipe: RunConfig, options: MineOptions, corpus: Corpus, guide: Guide) -> dict[str, Any]:
+    """All that the written sources depend on."""
+    chosen = {name: value for name, value in asdict(options).items() if name != "model"}
+    sources = [source.model_dump(mode="json") for source in recipe.data.sources]
+    content = {"corpus": corpus.manifest["content"], "guide": guide_fingerprint(guide)}
+    return {"format": FORMAT, **content, "options": chosen, "seed": recipe.seed, "sources": sources}
+
+
+def _key(inputs: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _refuse_other_folder(output: Path) -> None:
+    """UserError if there is anything but what an earlier call has left."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; name a folder")
+    names = {path.name for path in output.iterdir()} if output.exists() else set()
+    if names and "mining.json" not in names and not any(name.startswith(".blocks-") for name in names):
+        raise UserError(f"--output {output} holds other files ({min(names)}); name a new folder")
+
+
+def _finished(output: Path, inputs: dict[str, Any]) -> MiningReport | None:
+    """UserError if the folder holds negatives of other inputs."""
+    if not (output / "mining.json").exists():
+        return None
+    document = json.loads((output / "mining.json").read_text())
+    if document["inputs"] != inputs:
+        changed = ", ".join(name for name in inputs if document["inputs"].get(name) != inputs[name])
+        raise UserError(f"--output {output} holds negatives of other inputs ({changed} differ); name another folder")
+    return MiningReport(output, document["counts"])
+
+
+def _search(
+    config: RunConfig,
+    options: MineOptions,
+    corpus: Corpus,
+    guide: Guide,
+    search: Search,
+    folder: Path,
+    resources: dict[str, float],
+) -> Iterator[Mined]:
+    """Every block of anchors as a Ray task. What is done is kept in `folder`, where the next call finds it."""
+    check_resources(config.cluster.model_copy(update={"num_workers": 1}), resources)
+    cpus, gpus = config.cluster.cpus_per_worker or 1.0, gpus_per_worker(config.cluster, resources)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=config.cluster.max_failures)(_mine_block)
+    place = (config.guide_cache_dir, guide_fingerprint(guide), guide.width, config.data.local_copy)
+    shared, keys, call = ray.put(search), ray.put(corpus.guide_keys), uuid.uuid4().hex
+    blocks = {folder / f"{block.start:012d}-{block.stop:012d}.npz": block for block in search.blocks()}
+    running = {
+        remote.remote(shared, keys, block, call, place, options, config.seed, config.batch.loss_gb, cpus, gpus): file
+        for file, block in blocks.items()
+        if not file.exists()
+    }
+    num_before, started, shown = len(blocks) - len(running), time.monotonic(), time.monotonic()
+    try:
+        while running:
+            finished, _ = ray.wait(list(running), timeout=PROGRESS_SECONDS)
+            for reference in finished:
+                _save(running.pop(reference), _result(reference))
+            if time.monotonic() - shown >= PROGRESS_SECONDS and len(running) < len(blocks) - num_before:
+                shown, done = time.monotonic(), len(blocks) - len(running)
+                left = (shown - started) / (done - num_before) * len(running)
+                logger.info("searched for %d of %d blocks of anchors, %.0f s left", done, len(blocks), left)
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+    for file in blocks:
+        with np.load(file) as fields:
+            yield Mined(**fields)
+
+
+def _mine_block(
+    search: Search,
+    keys: np.ndarray,
+    block: slice,
+    call: str,
+    place: tuple[str, str, int, str | None],
+    options: MineOptions,
+    seed: int,
+    memory_gb: float,
+    cpus: float,
+    gpus: float,
+) -> Mined:
+    torch.set_num_threads(max(1, int(cpus)))
+    guide_cache = _opened(call, *place)
+
+    def embeddings(texts: np.ndarray) -> np.ndarray:
+        return guide_cache.embeddings(guide_cache.find(keys[texts]))
+
+    return mine_block(search, block, embeddings, options, seed, memory_gb, "cuda" if gpus else "cpu")
+
+
+@lru_cache(maxsize=1)
+def _opened(call: str, *place: Any) -> GuideCache:
+    """Once for all blocks of a call that this process searches for; another call may find more shards."""
+    return GuideCache(*place)
+
+
+def _result(reference: ray.ObjectRef) -> Mined:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from error
+        raise UserError(f"mining failed with {type(error.cause).__name__}: {_one_line(error.cause)}") from error
+    except RayError as error:
+        raise UserError(
+            f"mining: a worker was lost for good: {_one_line(error)}; what is done is kept: run again, with a smaller "
+            "batch.loss_gb if memory ran out"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _save(file: Path, mined: Mined) -> None:
+    def write(aside: Path) -> None:
+        with aside.open("wb") as stream:
+            np.savez(stream, **asdict(mined))
+
+    write_atomically(file, write)
+
+
+def _write_sources(
+    output: Path,
+    recipe: RunConfig,
+    corpus: Corpus,
+    search: Search,
+    blocks: list[Mined],
+    options: MineOptions,
+) -> dict[str, Any]:
+    """One parquet for each source of the recipe, and sources.yaml; returns the counts."""
+    mined, shortage = (np.concatenate([getattr(b, name) for b in blocks]) for name in ("texts", "shortage"))
+    anchor_of = np.searchsorted(search.anchors, corpus.anchors)
+    recipe_source = np.array([source["recipe_source"] for source in corpus.manifest["sources"]])[corpus.source]
+    names = [re.sub(r"[^\w.-]", "_", source.label) for source in recipe.data.sources]
+    listed, counts = [], []
+    for number, source in enumerate(recipe.data.sources):
+        if source.columns.is_classification:
+            listed.append(source)
+            continue
+        rows = np.flatnonzero(recipe_source == len(counts))
+        rows = rows[np.argsort(corpus.number[rows], kind="stable")]
+        again = f"-{number}" * (names.index(names[number]) < number)
+        file = output / f"{names[number]}{again}.parquet"
+        write_atomically(file, partial(_write_rows, corpus, rows, mined[anchor_of[rows]], source))
+        listed.append(_as_source(source, file))
+        counts.append({"name": source.label, "rows": len(rows), "short": _by_reason(shortage[anchor_of[rows]])})
+    described = {"sources": [source.model_dump(mode="json", exclude_defaults=True) for source in listed]}
+    _write_text(output / "sources.yaml", yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
+
+    positive_scores, scores = (
+        np.concatenate([getattr(b, name) for b in blocks]) for name in ("positive_scores", "scores")
+    )
+    is_mined = ~np.isnan(scores)
+    return {
+        "rows": corpus.num_rows,
+        "anchors": len(search.anchors),
+        "pool": len(search.pool),
+        "negatives": options.negatives,
+        "mined": int((mined[anchor_of] >= 0).sum()),
+        "short": _by_reason(shortage[anchor_of]),
+        "refused": dict(zip(REASONS, sum(b.refused for b in blocks).tolist(), strict=True)),
+        "positive_similarity": float(positive_scores.mean()),
+        "negative_similarity": float(scores[is_mined].mean()) if is_mined.any() else None,
+        "sources": counts,
+    }
+
+
+def _by_reason(shortage: np.ndarray) -> dict[str, int]:
+    """Rows with fewer negatives than asked for, by what took most of their candidates."""
+    return {reason: n for place, reason in enumerate(REASONS) if (n := int((shortage == place).sum()))}
+
+
+def _write_rows(corpus: Corpus, rows: np.ndarray, mined: np.ndarray, source: SourceConfig, file: Path) -> None:
+    columns = {"anchor": pa.string(), "positive": pa.string(), "negatives": pa.list_(pa.string())}
+    schema = pa.schema(columns | ({source.split_by: pa.string()} if source.split_by else {}))
+    groups = [name.partition(f"{source.label}/")[2] or None for name in corpus.source_names]
+    with pq.ParquetWriter(file, schema) as writer:
+        for start in range(0, len(rows), ROWS_PER_GROUP):
+            part, found = rows[start : start + ROWS_PER_GROUP], mined[start : start + ROWS_PER_GROUP]
+            own = np.split(corpus.negatives_of(part), np.cumsum(corpus.num_negatives[part])[:-1])
+            negatives = [np.concatenate([texts, more[more >= 0]]) for texts, more in zip(own, found, strict=True)]
+            values = {
+                "anchor": _texts(corpus, corpus.anchors[part]),
+                "positive": _texts(corpus, corpus.positives[part]),
+                "negatives": [_texts(corpus, texts) for texts in negatives],
+            }
+            if source.split_by:
+                values[source.split_by] = [groups[number] for number in corpus.source[part]]
+            writer.write_batch(pa.record_batch(values, schema=schema))
+
+
+def _texts(corpus: Corpus, texts: np.ndarray) -> list[str]:
+    return [corpus.text(text) for text in texts.tolist()]
+
+
+def _as_source(source: SourceConfig, file: Path) -> SourceConfig:
+    """What the recipe says of the source, but for how its rows were read."""
+    kept = {name: getattr(source, name) for name in ("prompts", "weight", "split_by")}
+    return SourceConfig(path=str(file), name=source.label, columns=Columns(negatives=("negatives",)), **kept)
+
+
+def _write_text(file: Path, text: str) -> None:
+    write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))

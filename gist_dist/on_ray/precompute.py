@@ -1,0 +1,228 @@
+"""The guide's embeddings of a corpus, or of any inputs, encoded by a pool of actors.
+
+Plain actors and not Ray Data: what must survive a killed worker is one shard of work, which any other actor can then
+encode, and here the driver knows at any time which shard is whose. A lost actor takes only its unfinished shard along.
+"""
+
+import logging
+import platform
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
+
+from gist_dist.config import GuideConfig, RunConfig
+from gist_dist.data.corpus import Corpus, open_corpus
+from gist_dist.data.tokens import Tokens, token_keys
+from gist_dist.encoder import Guide
+from gist_dist.errors import UserError
+from gist_dist.guide_cache import (
+    PROGRESS_SECONDS,
+    Filled,
+    Keys,
+    Progress,
+    Say,
+    encode_inputs,
+    fill,
+    guide_fingerprint,
+    missing_inputs,
+    open_guide_cache,
+    write_shard,
+)
+from gist_dist.on_ray.cluster import address_of, check_resources, connected, gpus_per_worker
+from gist_dist.storage import join, open_store
+
+logger = logging.getLogger(__name__)
+
+IN_PROCESS_FLOPS = 2e12
+"""So much the driver encodes by itself: a quarter of a minute of one core, less than actors take to start."""
+ACTOR_BYTES = 1e9
+"""Memory of an actor beside twice the guide's weights."""
+LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+
+
+@dataclass(frozen=True)
+class _CorpusInputs:
+    """Texts of a corpus, which actors open for themselves."""
+
+    corpus: Corpus
+    texts: np.ndarray
+    keys: Keys
+    lengths: np.ndarray
+
+    def tokens(self, chosen: np.ndarray) -> list[np.ndarray]:
+        return self.corpus.guide_tokens(self.texts[chosen])
+
+    def for_actor(self, chosen: np.ndarray) -> tuple[Any, ...]:
+        return self.corpus.place, self.texts[chosen]
+
+
+@dataclass(frozen=True)
+class _GivenInputs:
+    """Token ids, joined, which travel to the actors with their shard."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    keys: Keys
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        return np.cumsum(self.lengths, dtype=np.int64)
+
+    def tokens(self, chosen: np.ndarray) -> list[np.ndarray]:
+        ends, lengths = self.ends[chosen].tolist(), self.lengths[chosen].tolist()
+        return [self.ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def for_actor(self, chosen: np.ndarray) -> tuple[Any, ...]:
+        return np.concatenate(self.tokens(chosen)), self.lengths[chosen]
+
+
+def precompute(config: RunConfig, corpus: Corpus, guide: Guide, progress: Say = logger.info) -> Filled:
+    """Have the guide's embeddings of all texts of the corpus in the guide cache.
+
+    Only what is missing is encoded, damaged shards again; after an interruption the next call does the rest.
+    config: with absolute paths. Raises UserError.
+    """
+    texts = corpus.texts_in_use
+    inputs = _CorpusInputs(corpus, texts, corpus.guide_keys[texts], corpus.guide_lengths[texts])
+    return _precompute(config, inputs, guide, progress)
+
+
+def precompute_inputs(config: RunConfig, tokens: Tokens, guide: Guide, progress: Say = logger.info) -> Filled:
+    """The same for any inputs, as guide.tokenize gives them; the cache finds them by token_keys(tokens)."""
+    return _precompute(config, _GivenInputs(*tokens, token_keys(tokens)), guide, progress)
+
+
+def _precompute(config: RunConfig, inputs: _CorpusInputs | _GivenInputs, guide: Guide, say: Say) -> Filled:
+    cache = open_guide_cache(config, guide, verify=True)
+    keys, lengths = inputs.keys, inputs.lengths
+    work = missing_inputs(cache, keys, lengths)
+    done = Progress(work, lengths, say)
+    if not work.shards:
+        return Filled.of(cache, len(keys), work, done)
+    num_weights = sum(parameter.numel() for parameter in guide.model.parameters())
+    if 2 * num_weights * sum(done.tokens_of) <= IN_PROCESS_FLOPS and not address_of(config.cluster):
+        return fill(cache, keys, inputs.tokens, lengths, guide, config.batch.chunk_tokens, progress=say)
+    cache.describe(guide)
+    with connected(config.cluster) as resources:
+        needs = _needs(config, resources)
+        num_actors = min(len(work.shards), _room(needs, resources, guide_bytes=4 * num_weights))
+        say(f"guide cache: {work.num_missing:,} texts to encode, on {num_actors} actor{'s' * (num_actors > 1)}")
+        remote = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=0)(_Actor)
+
+        def start() -> ActorHandle:
+            return remote.remote(config, guide.config, cache.fingerprint, needs)
+
+        def encode(actor: ActorHandle, number: int) -> ObjectRef:
+            shard = work.shards[number]
+            return actor.encode.remote(keys[shard], *inputs.for_actor(shard))
+
+        done = Progress(work, lengths, say)  # from here: not the seconds that Ray takes to start
+        _run_pool([start() for _ in range(num_actors)], start, encode, config.cluster.max_failures, done)
+    cache.refresh()
+    return Filled.of(cache, len(keys), work, done)
+
+
+def _needs(config: RunConfig, resources: dict[str, float]) -> dict[str, float]:
+    """Of one actor; UserError if the cluster hasn't that."""
+    check_resources(config.cluster.model_copy(update={"num_workers": 1}), resources)
+    gpus = gpus_per_worker(config.cluster, resources)
+    return {"CPU": config.cluster.cpus_per_worker or 1.0} | ({"GPU": gpus} if gpus else {})
+
+
+def _room(needs: dict[str, float], resources: dict[str, float], guide_bytes: int) -> int:
+    """How many actors the cluster holds: one a GPU or a core, and no more than memory has room for."""
+    needs = needs | {"memory": ACTOR_BYTES + 2 * guide_bytes}
+    return max(1, int(min(resources.get(kind, np.inf) / each for kind, each in needs.items())))
+
+
+def _run_pool(
+    actors: list[ActorHandle],
+    start: Callable[[], ActorHandle],
+    encode: Callable[[ActorHandle, int], ObjectRef],
+    max_failures: int,
+    done: Progress,
+) -> None:
+    """Every shard to the next actor that is free. A lost actor is replaced, and its shard is the next one again.
+
+    UserError for what an actor raises, and for more than max_failures lost actors.
+    """
+    waiting, num_lost = deque(range(len(done.texts_of))), 0
+    running: dict[ObjectRef, tuple[ActorHandle, int | None]] = {actor.load.remote(): (actor, None) for actor in actors}
+    try:
+        while waiting or any(shard is not None for _, shard in running.values()):
+            finished, _ = ray.wait(list(running), timeout=PROGRESS_SECONDS)
+            for reference in finished:
+                actor, shard = running.pop(reference)
+                try:
+                    ray.get(reference)
+                except RayTaskError as error:
+                    raise _as_user_error(error) from error
+                except LOST as error:
+                    num_lost += 1
+                    if num_lost > max_failures:
+                        raise UserError(
+                            f"guide cache: {num_lost} actors were lost (cluster.max_failures = {max_failures}), the "
+                            f"last with: {_one_line(error)}; run again for what is left, with a smaller "
+                            "batch.chunk_tokens if memory ran out"
+                        ) from error
+                    logger.warning("guide cache: an actor was lost and is replaced: %s", _one_line(error))
+                    if shard is not None:
+                        waiting.appendleft(shard)
+                    actors.append(start())
+                    running[actors[-1].load.remote()] = actors[-1], None
+                    continue
+                if shard is not None:
+                    done.add(shard)
+                if waiting:
+                    shard = waiting.popleft()
+                    running[encode(actor, shard)] = actor, shard
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _as_user_error(error: RayTaskError) -> UserError:
+    if isinstance(error.cause, UserError):
+        return error.cause
+    return UserError(f"guide cache: encoding failed with {type(error.cause).__name__}: {_one_line(error.cause)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class _Actor:
+    """Loads the guide once, encodes shards of work and writes them into the cache."""
+
+    def __init__(self, config: RunConfig, guide: GuideConfig, fingerprint: str, needs: dict[str, float]) -> None:
+        self.config, self.guide_config, self.fingerprint, self.needs = config, guide, fingerprint, needs
+        self.corpus: Corpus | None = None
+
+    def load(self) -> None:
+        """Apart from the constructor, so that its errors are not wrapped into the actor's death."""
+        torch.set_num_threads(max(1, int(self.needs["CPU"])))
+        self.guide = Guide(self.guide_config, "cuda" if "GPU" in self.needs else "cpu")
+        if guide_fingerprint(self.guide) != self.fingerprint:
+            raise UserError(
+                f"guide.model: '{self.guide_config.model}' on node {platform.node()} is not what the driver has; put "
+                "the same files and the same version of transformers on every node"
+            )
+        self.store = open_store(join(self.config.guide_cache_dir, self.fingerprint))
+
+    def encode(self, keys: Keys, place_or_ids: str | np.ndarray, texts_or_lengths: np.ndarray) -> None:
+        """Inputs are the texts of a corpus, or token ids, joined, with the number of tokens of each."""
+        if isinstance(place_or_ids, str):
+            self.corpus = self.corpus or open_corpus(self.config, place_or_ids)
+            tokens = self.corpus.guide_tokens(texts_or_lengths)
+        else:
+            tokens = np.split(place_or_ids, np.cumsum(texts_or_lengths)[:-1])
+        write_shard(self.store, keys, encode_inputs(self.guide, tokens, self.config.batch.chunk_tokens))
