@@ -6,12 +6,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow quickstart lint clean
+.PHONY: help setup test test-slow quickstart bench lint clean
 
 help:
 	@echo "make quickstart   train and evaluate a small model here, offline, in about 6 minutes"
 	@echo "make test         run the tests (ARGS='tests/test_loss.py -x' for some)"
 	@echo "make test-slow    run the tests that take minutes"
+	@echo "make bench        short versions of all benchmarks, about 15 minutes (ARGS=step for one)"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make setup        only make the environment in $(VENV)"
 	@echo "make clean        remove caches, builds and quickstart/ ($(VENV) and runs/ stay)"
@@ -37,6 +38,9 @@ quickstart: $(STAMP)
 	@$(BIN)/python examples/quickstart.py
 	@# All it needs is in ./quickstart now: no hub is asked.
 	@HF_HUB_OFFLINE=1 $(BIN)/gist-dist train quickstart $(ARGS)
+
+bench: $(STAMP)
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
