@@ -22,7 +22,7 @@ SHOWN_SOURCES, SHOWN_REASONS = 30, 10
 """Of a recipe with many sources: lines of the table, and sources whose drops or repeats are explained."""
 NAME_WIDTH, PAGE_WIDTH = 32, 140
 CACHED_BYTES_PER_NUMBER = 2
-TEXTS_CUT = ("student_cut", "guide_cut")
+TEXTS_CUT = ("num_student_cut", "num_guide_cut")
 """Of a source: texts longer than the model's limit of tokens."""
 NOT_SUMMED = ("batches", "distinct_texts")
 """Sources share them."""
@@ -60,6 +60,8 @@ class Preview:
     config: RunConfig
     sources: list[dict[str, Any]]
     """What source_accounts tells."""
+    reports: list[dict[str, Any]]
+    """What became of the rows of each of data.sources, split or not."""
     num_rows: int
     num_texts: int
     rows_per_epoch: int
@@ -140,11 +142,11 @@ class Preview:
                 told = ", ".join(f"{bound.replace('_', ' ')} {number:,}" for bound, number in bounds.items())
                 lines += _wrapped(f"{source.label}: filtered by {told}")
         dropped = [
-            f"{source['name']}: dropped {source['rows_dropped']:,} of {source['rows_read']:,} rows: "
-            + ", ".join(f"{reason} ({number:,})" for reason, number in source["dropped"].items())
-            + "".join(f"; the first (counting from 0): {where}" for where in source["first_dropped"][:1])
-            for source in self.sources
-            if source["dropped"]
+            f"{read['name']}: dropped {sum(read['dropped'].values()):,} of {read['rows_read']:,} rows: "
+            + ", ".join(f"{reason} ({number:,})" for reason, number in read["dropped"].items())
+            + "".join(f"; the first (counting from 0): {where}" for where in read["first_dropped"][:1])
+            for read in self.reports
+            if read["dropped"]
         ]
         repeats = [
             f"{source['name']}: {_number(source['duplicates_admitted'], 'text')} an epoch must repeat within a batch: "
@@ -164,8 +166,8 @@ class Preview:
             "an epoch": "rows_per_epoch",
             "batches": "batches",
             "distinct texts": "distinct_texts",
-            "cut": "student_cut",
-            "cut for guide": "guide_cut",
+            "cut": "num_student_cut",
+            "cut for guide": "num_guide_cut",
             "moved": "rows_moved",
             "repeats": "duplicates_admitted",
         }
@@ -326,6 +328,7 @@ def preview(config: RunConfig, student: Student, guide: Guide | None, corpus: Co
     return Preview(
         config=config,
         sources=source_accounts(corpus, sampler),
+        reports=corpus.manifest["reports"],
         num_rows=corpus.num_rows,
         num_texts=corpus.num_texts,
         rows_per_epoch=sampler.rows_per_epoch,

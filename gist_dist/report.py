@@ -423,7 +423,7 @@ def _warnings(run: Run, training: dict[str, Any]) -> Iterable[tuple[str, str]]:
             f"{share} of the encoded tokens were padding: lower batch.chunk_tokens or raise "
             "batch.global_size, so that the texts of a chunk are of one length.",
         )
-    for source in run.data.get("sources", ()):
+    for source in run.data.get("reports") or run.data.get("sources", ()):
         read, used = source.get("rows_read") or 0, source.get("rows_used") or 0
         if read and (read - used) / read > 0.05:
             share = _percent((read - used) / read)

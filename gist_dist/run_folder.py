@@ -86,6 +86,7 @@ class RunFolder:
         epoch = sampler.epoch(0)
         summary = {
             "sources": source_accounts(corpus, sampler),
+            "reports": corpus.manifest["reports"],
             "num_rows": corpus.num_rows,
             "num_texts": corpus.num_texts,
             "rows_per_epoch": sampler.rows_per_epoch,

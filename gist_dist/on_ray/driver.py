@@ -50,7 +50,7 @@ def train_and_evaluate(config: RunConfig) -> Summary:
             if prepared:
                 check_resources(config.cluster, resources)
                 if config.guide and config.guide.mode == "cache":
-                    precompute(config, prepared.corpus, prepared.guide)
+                    logger.info("\n".join(precompute(config, prepared.corpus, prepared.guide).lines()))
                 _fit(config, prepared, run, resources)
                 run.mark_trained()
             if config.evaluate.tasks:
