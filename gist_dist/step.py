@@ -4,20 +4,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gist_dist.collectives import World, all_gather_rows, all_reduce_sums, all_reduce_values, reduce_scatter_rows
+from gist_dist.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan, Chunk, deal
-from gist_dist.encoder import Guide, Student
+from gist_dist.encoder import Guide, Padded, Student
 from gist_dist.errors import UserError
 from gist_dist.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.optim import clip_gradients
+
+GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""batch.gather_precision, where embeddings are rounded for it; on one worker too, so that it makes no difference."""
 
 PHASES = ("encode", "guide", "gather", "loss", "scatter", "backward", "reduce", "optimizer")
 
@@ -49,31 +53,56 @@ class Trainee:
     ) -> None:
         self.config, self.corpus, self.world = config, corpus, world
         self.student, self.guide, self.optimizer = student, guide, optimizer
-        self.gradients = GradientSums(student.parameters())
+        for encoder in (student, guide):
+            if encoder:
+                encoder.check_device()
+        self.gradients = GradientSums(student.model)
         self.activations = ActivationBudget(config.batch.activation_gb * 1e9, student.model)
 
 
-def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
+@dataclass(frozen=True)
+class StepInputs:
+    """What this worker encodes in a step, by number of the chunk."""
+
+    student: dict[int, Padded]
+    guide: dict[int, Padded]
+
+
+def prepare_inputs(trainee: Trainee, plan: BatchPlan) -> StepInputs:
+    """May run ahead, in another thread."""
+    corpus, texts, world = trainee.corpus, plan.texts, trainee.world
+
+    def own(chunks: tuple[Chunk, ...]) -> dict[int, np.ndarray]:
+        return {c: texts[chunks[c].texts] for c in deal(chunks, world.size)[world.rank]}
+
+    return StepInputs(
+        {c: trainee.student.padded(corpus.student_tokens(t)) for c, t in own(plan.student_chunks).items()},
+        {c: trainee.guide.padded(corpus.guide_tokens(t)) for c, t in own(plan.guide_chunks).items()},
+    )
+
+
+def train_step(trainee: Trainee, plan: BatchPlan, inputs: StepInputs | None = None) -> StepResult:
     """Encode, gather, score, scatter, encode again with graphs, sum, and let the optimizer step.
 
-    Every worker calls it with the same plan.
+    Every worker calls it with the same plan. inputs: of this plan, where they were prepared ahead.
     """
+    inputs = inputs or prepare_inputs(trainee, plan)
     config, world, clock = trainee.config, trainee.world, Clock(trainee.student.device)
     chunks = plan.student_chunks
     hands, guide_hands = deal(chunks, world.size), deal(plan.guide_chunks, world.size)
     own = hands[world.rank]
 
     def encode(chunk: int) -> Tensor:
-        tokens = trainee.corpus.student_tokens(plan.texts[chunks[chunk].texts])
-        return trainee.student.encode(tokens, dropout_seed=(config.seed, plan.step, chunk))
+        return trainee.student.encode(inputs.student[chunk], dropout_seed=(config.seed, plan.step, chunk))
 
     with clock("encode"):
         embeddings = first_pass(encode, own, [chunks[c].padded_tokens for c in own], trainee.activations)
     with clock("guide"):
-        guide_rows = None if trainee.guide is None else _encode_guide(trainee, plan, guide_hands[world.rank])
+        guide_rows = None if trainee.guide is None else _encode_guide(trainee, inputs)
     with clock("gather"):
         local = _stack([e.detach() for e in embeddings.values()], trainee.student)
-        student_rows = _gather_texts(local, chunks, hands, world)
+        sent = local.to(GATHERED.get(config.batch.gather_precision, local.dtype))
+        student_rows = _gather_texts(sent, chunks, hands, world).to(local.dtype)
         if guide_rows is not None:
             guide_rows = _gather_texts(guide_rows, plan.guide_chunks, guide_hands, world)
     with clock("loss"):
@@ -82,26 +111,25 @@ def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
         share = gist_loss(student_rows, guide_rows, batch, blocks[world.rank :: world.size], config.loss)
     with clock("scatter"):
         gradients = _scatter_gradients(share.gradient, chunks, hands, world)
-        totals = all_reduce_values({"loss": share.loss, **share.counts}, world)
-    if not np.isfinite(totals["loss"]):
-        raise UserError(f"step {plan.step}: the loss is {totals['loss']}; lower optim.learning_rate or use fp32")
     with clock("backward"):
         second_pass(encode, embeddings, gradients, trainee.gradients)
     with clock("reduce"):
-        # Shares already carry 1/g, so workers sum.
-        all_reduce_sums(trainee.gradients.sums, trainee.gradients.parameters, world)
+        totals = all_reduce_values({"loss": share.loss, **share.counts}, world)  # the host waits for the device here
+        if not np.isfinite(totals["loss"]):
+            raise UserError(f"step {plan.step}: the loss is {totals['loss']}; lower optim.learning_rate or use fp32")
+        if world.size > 1:  # shares already carry 1/g, so workers sum
+            trainee.gradients.reduce(all_reduce_sum)
         trainee.gradients.give()
     with clock("optimizer"):
         grad_norm = clip_gradients(trainee.student.parameters(), config.optim.max_grad_norm)
         trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
-    return StepResult(totals.pop("loss"), grad_norm, totals, clock.seconds)
+    return StepResult(totals.pop("loss"), grad_norm.item(), totals, clock.seconds())
 
 
-def _encode_guide(trainee: Trainee, plan: BatchPlan, own: list[int]) -> Tensor:
+def _encode_guide(trainee: Trainee, inputs: StepInputs) -> Tensor:
     """The guide's embeddings of the texts of this worker's chunks."""
-    texts = [plan.texts[plan.guide_chunks[c].texts] for c in own]
-    return _stack([trainee.guide.encode(trainee.corpus.guide_tokens(t)) for t in texts], trainee.guide)
+    return _stack([trainee.guide.encode(padded) for padded in inputs.guide.values()], trainee.guide)
 
 
 def _stack(embeddings: list[Tensor], encoder: Student | Guide) -> Tensor:
@@ -144,15 +172,31 @@ def _batch_index(plan: BatchPlan, device: torch.device) -> BatchIndex:
 
 
 class Clock:
-    """Seconds by phase; waits for the device, so that its work counts where it was asked for."""
+    """Seconds by phase. A GPU's are read off its own marks once the step is done: no phase waits for the last one."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
+        self.device = device
+        self.spans: list[tuple[str, Any, Any]] = []
+        """Phase, its beginning and its end."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self._mark()
         yield
+        self.spans.append((phase, started, self._mark()))
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
+
+    def seconds(self) -> dict[str, float]:
+        """Waits for the device."""
+        seconds = dict.fromkeys(PHASES, 0.0)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[phase] += time.perf_counter() - started
+        for phase, started, ended in self.spans:
+            seconds[phase] += started.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - started
+        return seconds

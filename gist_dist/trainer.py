@@ -17,7 +17,7 @@ from gist_dist.encoder import Guide, Student
 from gist_dist.errors import UserError
 from gist_dist.metrics import MetricsFile, metrics_line, peak_memory_bytes
 from gist_dist.optim import build_optimizer, learning_rate, set_learning_rate
-from gist_dist.step import Trainee, train_step
+from gist_dist.step import StepInputs, Trainee, prepare_inputs, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +37,21 @@ def train(config: RunConfig, corpus: Corpus, student: Student, guide: Guide | No
     writer = _tensorboard(config) if world.rank == 0 else None
     progress = _Progress(sampler.num_steps, done)
 
-    def plan(step: int) -> BatchPlan:
-        return plan_batch(corpus, sampler.rows(step), step, config.batch.chunk_tokens, guide is not None)
+    def plan(step: int) -> tuple[BatchPlan, StepInputs]:
+        batch = plan_batch(corpus, sampler.rows(step), step, config.batch.chunk_tokens, guide is not None)
+        return batch, prepare_inputs(trainee, batch)
 
     with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
         upcoming = planner.submit(plan, done + 1)
         for step in range(done + 1, sampler.num_steps + 1):
             started = time.perf_counter()
-            batch = upcoming.result()
+            batch, inputs = upcoming.result()
             waited = time.perf_counter() - started
             if step < sampler.num_steps:
                 upcoming = planner.submit(plan, step + 1)
             rate = learning_rate(step, sampler.num_steps, config.optim)
             set_learning_rate(optimizer, rate)
-            result = train_step(trainee, batch)
+            result = train_step(trainee, batch, inputs)
             result.seconds["plan"] = waited
             seconds = time.perf_counter() - started
             peak = all_reduce_max(float(peak_memory_bytes(student.device)), student.device, world)
