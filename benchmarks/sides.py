@@ -24,7 +24,7 @@ from gist_dist.collectives import World, barrier
 from gist_dist.config import parse_config
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.data.plan import BatchPlan, plan_batch
-from gist_dist.encoder import Guide, Student, override_dropout, pad
+from gist_dist.encoder import Guide, Padded, Student, override_dropout, pad
 from gist_dist.loss import BatchIndex
 from gist_dist.optim import build_optimizer, clip_gradients
 from gist_dist.step import StepResult, Trainee, train_step
@@ -295,10 +295,8 @@ class Ours:
 
     def guide_inputs(self, plan: BatchPlan) -> tuple[list[np.ndarray], np.ndarray]:
         """Text numbers of the guide's chunks, and where among them all each of the plan's texts is."""
-        inputs = getattr(plan, "guide_inputs", plan.texts)
-        input_of = getattr(plan, "guide_input_of", np.arange(len(plan.texts)))
         order = np.argsort(np.concatenate([chunk.texts for chunk in plan.guide_chunks]))
-        return [inputs[chunk.texts] for chunk in plan.guide_chunks], order[input_of]
+        return [plan.guide_inputs[chunk.texts] for chunk in plan.guide_chunks], order[plan.guide_input_of]
 
     def recorded(self, n: int) -> tuple[StepResult, list["Encoded"]]:
         """A step, and what its encoders were asked for."""
@@ -326,11 +324,11 @@ class Encoded:
 
 
 def _recording(encode: Callable[..., Tensor], name: str, calls: list[Encoded]) -> Callable[..., Tensor]:
-    def recording(tokens: Sequence[np.ndarray], *arguments: Any, **options: Any) -> Tensor:
-        lengths = [len(ids) for ids in tokens]
+    def recording(padded: Padded, *arguments: Any, **options: Any) -> Tensor:
+        lengths = padded.mask.sum(dim=1).tolist()
         with_graph = name == "student" and torch.is_grad_enabled()
         calls.append(Encoded(name, with_graph, len(lengths), sum(lengths), len(lengths) * max(lengths)))
-        return encode(tokens, *arguments, **options)
+        return encode(padded, *arguments, **options)
 
     return recording
 
@@ -423,10 +421,10 @@ class Theirs:
             tokenizer = self.model.tokenizer
             self._features[n] = []
             for column in self.tokens(n):
-                ids, mask = pad(column[share], tokenizer.pad_token_id, tokenizer.padding_side)
-                features = {"input_ids": ids, "attention_mask": mask}
+                padded = pad(column[share], tokenizer.pad_token_id, tokenizer.padding_side)
+                features = {"input_ids": padded.ids, "attention_mask": padded.mask}
                 if "token_type_ids" in tokenizer.model_input_names:
-                    features["token_type_ids"] = torch.zeros_like(ids)
+                    features["token_type_ids"] = torch.zeros_like(padded.ids)
                 self._features[n].append(features)
         return self._features[n]
 

@@ -83,7 +83,6 @@ def load_checkpoint(
             kind: moments[f"{kind}|{name}"] for kind in ("exp_avg", "exp_avg_sq", "step") if f"{kind}|{name}" in moments
         }
         if state:
-            state["step"] = state["step"].cpu()
             optimizer.state[parameter] = state
     return json.loads((checkpoint.folder / "state.json").read_text())
 

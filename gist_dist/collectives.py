@@ -12,8 +12,6 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-BUCKET_BYTES = 64 * 2**20
-
 
 @dataclass(frozen=True)
 class World:
@@ -50,38 +48,9 @@ def reduce_scatter_rows(rows: Float[Tensor, "R d"], counts: Sequence[int], world
     return summed[: counts[world.rank]]
 
 
-def all_reduce_sums(sums: list[Tensor | None], like: Sequence[Tensor], world: World) -> None:
-    """Sum tensors over workers in place, in buckets.
-
-    A worker without chunks has None where others have gradients: who has some is agreed upon first, and a tensor of
-    zeros, shaped like its parameter, takes part.
-    """
-    if world.size == 1:
-        return
-    present = torch.tensor([total is not None for total in sums], dtype=torch.int32, device=like[0].device)
-    dist.all_reduce(present)
-    for number, num_present in enumerate(present.tolist()):
-        if num_present and sums[number] is None:
-            sums[number] = torch.zeros_like(like[number], dtype=torch.float64)
-    bucket: list[Tensor] = []
-    for total in (s for s in sums if s is not None):
-        if bucket and _bytes(bucket) + _bytes([total]) > BUCKET_BYTES:
-            _all_reduce_bucket(bucket)
-            bucket = []
-        bucket.append(total)
-    if bucket:
-        _all_reduce_bucket(bucket)
-
-
-def _bytes(bucket: list[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in bucket)
-
-
-def _all_reduce_bucket(bucket: list[Tensor]) -> None:
-    flat = torch.cat([t.flatten() for t in bucket])
-    dist.all_reduce(flat)
-    for total, summed in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-        total.copy_(summed.view_as(total))
+def all_reduce_sum(tensor: Tensor) -> None:
+    """Sum over workers, in place."""
+    dist.all_reduce(tensor)
 
 
 def all_reduce_values(values: dict[str, Tensor], world: World) -> dict[str, float]:

@@ -47,8 +47,20 @@ class StudentConfig(Section):
     """Of the encoder's matrix products (autocast); weights, embeddings and the loss stay fp32."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """A number overrides every dropout of the model; null keeps the model's own."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention code of transformers; null: its choice. flash_attention_2 needs a GPU, its package and bf16."""
+    compile: bool = False
+    """torch.compile, once for all lengths: the first batches wait a minute or more. Needs a C++ compiler."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, more time."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you say so."""
+
+    @model_validator(mode="after")
+    def _flash(self) -> "StudentConfig":
+        if self.attention == "flash_attention_2" and self.precision != "bf16":
+            raise ValueError("attention flash_attention_2 works in bf16 only; set precision to bf16")
+        return self
 
 
 class GuideConfig(Section):
@@ -72,11 +84,17 @@ class GuideConfig(Section):
     cache_dir: str | None = None
     """Where guide embeddings are kept, one folder for each guide; a path or URI that all nodes reach. By default
     output_dir/guide_cache."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """As student.attention."""
+    compile: bool = False
+    """As student.compile."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you say so."""
 
     @model_validator(mode="after")
     def _model_or_student(self) -> "GuideConfig":
+        if self.attention == "flash_attention_2" and self.precision != "bf16":
+            raise ValueError("attention flash_attention_2 works in bf16 only; set precision to bf16")
         if self.mode == "self" and (self.model or self.refresh):
             raise ValueError("mode self takes the step's own student embeddings; leave out model and refresh")
         if self.mode != "self" and self.model is None and self.refresh is None:
@@ -209,6 +227,8 @@ class BatchConfig(Section):
     """Gigabytes a worker may fill with the graphs of chunks that it then need not encode twice."""
     loss_gb: float = Field(0.25, gt=0)
     """Gigabytes for one block of similarity scores (scored rows × candidates)."""
+    gather_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of student embeddings sent between workers; the loss then sees them rounded, with one worker too."""
 
 
 class LossConfig(Section):

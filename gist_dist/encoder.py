@@ -7,8 +7,10 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +45,19 @@ WORD_MARKS = ("▁", "Ġ")
 """How vocabularies spell the bare beginning of a word."""
 
 
+COMPILE = {"dynamic": True, "options": {"fallback_random": True}}
+"""One graph for all lengths. Dropout from torch's own generator: the second encode has to repeat the first one's."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """The texts of one chunk, padded to the longest."""
+
+    ids: Int[Tensor, "t l"]
+    mask: Int[Tensor, "t l"]
+    """The attention mask."""
+
+
 class Encoder:
     """What student and guide have in common: a model, its tokenizer and its limit of tokens."""
 
@@ -57,12 +72,23 @@ class Encoder:
                     f"{_positions(self.model)} tokens; lower it"
                 )
             self.model.max_seq_length = config.max_tokens
-        self.width: int = self.model.encode(["width"], show_progress_bar=False).shape[-1]
+        with self._autocast():
+            self.width: int = self.model.encode(["width"], show_progress_bar=False).shape[-1]
         _refuse_prompt_pooling(self.model, config.prompts, section)
+        if config.compile:
+            self.model.compile(**COMPILE)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def check_device(self) -> None:
+        """UserError if this machine can't encode as the recipe says; where texts are only tokenized, it need not."""
+        section = "student" if isinstance(self.config, StudentConfig) else "guide"
+        if self.config.attention == "flash_attention_2" and self.device.type != "cuda":
+            raise UserError(f"{section}.attention: flash_attention_2 needs a GPU and there is none; leave it out")
+        if self.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            raise UserError(f"{section}.compile needs a C++ compiler and there is none; install g++ or leave it out")
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of all texts, joined, and the number of tokens of each; exactly what model.encode would see."""
@@ -105,20 +131,31 @@ class Encoder:
         described = f"{vocabulary}|{type(tokenizer).__name__}|{self.model.max_seq_length}|{lower}"
         return hashlib.sha256(described.encode()).hexdigest()[:16]
 
-    def embed(self, tokens: Sequence[np.ndarray]) -> Float[Tensor, "t d"]:
+    def padded(self, tokens: Sequence[np.ndarray]) -> Padded:
+        """Ready to be embedded; in pinned memory for a model on a GPU, so that nothing waits for the copy."""
+        tokenizer = self.model.tokenizer
+        padded = pad(tokens, tokenizer.pad_token_id or 0, tokenizer.padding_side)
+        if self.device.type != "cuda":
+            return padded
+        with torch.cuda.device(self.device):  # another thread would take the node's first GPU
+            return Padded(padded.ids.pin_memory(), padded.mask.pin_memory())
+
+    def embed(self, texts: Sequence[np.ndarray] | Padded) -> Float[Tensor, "t d"]:
         """Unit vectors, fp32 (fp64 for an fp64 model), of texts given as token ids."""
-        ids, mask = pad(tokens, self.model.tokenizer.pad_token_id or 0, self.model.tokenizer.padding_side)
+        padded = texts if isinstance(texts, Padded) else self.padded(texts)
         features = {
-            "input_ids": ids.to(self.device, non_blocking=True),
-            "attention_mask": mask.to(self.device, non_blocking=True),
+            "input_ids": padded.ids.to(self.device, non_blocking=True),
+            "attention_mask": padded.mask.to(self.device, non_blocking=True),
         }
         if "token_type_ids" in self.model.tokenizer.model_input_names:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
-        autocast = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+        with self._autocast():
             embedding = self.model(features)["sentence_embedding"]
         wide = embedding.double() if embedding.dtype == torch.float64 else embedding.float()
         return F.normalize(wide, dim=-1)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
 class Preprocess:
@@ -152,14 +189,24 @@ class Student(Encoder):
         self.model.train()
         if config.dropout is not None:
             override_dropout(self.model, config.dropout)
+        transformer = self.model[0].model
+        if config.gradient_checkpointing:
+            if not transformer.supports_gradient_checkpointing:
+                raise UserError(f"student.gradient_checkpointing: {config.model} does not offer it; leave it out")
+            newer_name = getattr(transformer, "activation_checkpointing_enable", None)
+            (newer_name or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
+        if not config.compile:  # which knows no sparse gradients
+            for module in transformer.modules():
+                if isinstance(module, nn.Embedding) and module.num_embeddings == transformer.config.vocab_size:
+                    module.sparse = True  # gradients of the chunk's tokens, not of the whole vocabulary
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def encode(self, tokens: Sequence[np.ndarray], dropout_seed: Sequence[int]) -> Float[Tensor, "t d"]:
+    def encode(self, texts: Sequence[np.ndarray] | Padded, dropout_seed: Sequence[int]) -> Float[Tensor, "t d"]:
         """Equal arguments draw equal dropout, so that a second encode repeats the first."""
         torch.manual_seed(int(np.random.SeedSequence(dropout_seed).generate_state(1, np.uint64)[0]))
-        return self.embed(tokens)
+        return self.embed(texts)
 
     def save(self, folder: Path) -> None:
         """A stock SentenceTransformer directory, with the model's own limit of tokens."""
@@ -193,10 +240,10 @@ class Guide(Encoder):
         if config.precision == "bf16":
             self.model.to(torch.bfloat16)
 
-    def encode(self, tokens: Sequence[np.ndarray]) -> Float[Tensor, "t e"]:
+    def encode(self, texts: Sequence[np.ndarray] | Padded) -> Float[Tensor, "t e"]:
         """Rounded to fp16, which the guide cache keeps, so that cached and online runs score the same numbers."""
         with torch.inference_mode():
-            embeddings = self.embed(tokens)
+            embeddings = self.embed(texts)
             return embeddings.half().to(embeddings.dtype)
 
     @classmethod
@@ -222,17 +269,23 @@ def load_sentence_transformer(
     looks_local = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
     if looks_local and not Path(config.model).expanduser().is_dir():
         raise UserError(f"{section}.model: no folder '{config.model}'; give a SentenceTransformer folder or a Hub id")
+    # Flash attention is loaded where it can run: not by the driver, which only tokenizes.
+    is_flash = config.attention == "flash_attention_2"
+    attention = None if is_flash and torch.device(device).type != "cuda" else config.attention
     try:
         model = SentenceTransformer(
             str(Path(config.model).expanduser()) if looks_local else config.model,
             device=str(device),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            model_kwargs={"attn_implementation": attention} if attention else None,
         )
     except Exception as error:
         away = offline and isinstance(error, OSError)
         reason = "the Hub is out of reach and its cache hasn't it" if away else " ".join(str(error).split())[:300]
         raise UserError(f"{section}.model: '{config.model}' can't be loaded: {reason}") from error
+    if is_flash:
+        model[0].unpad_inputs = False  # chunks come padded
     kind = type(model[0]).__name__
     if kind != "Transformer":
         raise UserError(f"{section}.model: '{config.model}' begins with {kind}; only transformer models are supported")
@@ -249,10 +302,7 @@ def override_dropout(model: nn.Module, probability: float) -> None:
                 setattr(module, name, probability)
 
 
-def pad(
-    tokens: Sequence[np.ndarray], pad_id: int, side: str = "right"
-) -> tuple[Int[Tensor, "t l"], Int[Tensor, "t l"]]:
-    """Token ids and attention mask, padded to the longest text."""
+def pad(tokens: Sequence[np.ndarray], pad_id: int, side: str = "right") -> Padded:
     lengths = np.array([len(ids) for ids in tokens])
     columns = np.arange(lengths.max())
     if side == "left":
@@ -260,7 +310,7 @@ def pad(
     mask = columns < lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = np.concatenate(tokens)
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
+    return Padded(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
 
 
 def _positions(model: "SentenceTransformer") -> int | None:

@@ -6,7 +6,7 @@ whose activations fit a budget keep their graph in the first pass and need no se
 
 # Axes:  t texts of one chunk   d student width
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -41,7 +41,9 @@ class ActivationBudget:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._weights:
                 storages[storage.data_ptr()] = storage
-            return tensor.detach()  # a saved output that kept its own graph would be a reference cycle
+            # A saved output that kept its own graph would be a reference cycle; a checkpointed layer starts again from
+            # its input and must find that it needs a gradient.
+            return tensor.detach().requires_grad_(tensor.requires_grad)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield
@@ -70,33 +72,69 @@ def first_pass(
 
 
 class GradientSums:
-    """Parameter gradients, added up over chunks in fp64.
+    """Parameter gradients, added up over chunks and workers in fp64.
 
     fp32 sums depend on who adds what first, and Adam blows that rounding up to whole updates where a gradient should
     vanish (key biases). In fp64 the order leaves no trace once the sum is rounded to fp32: a run on any number of
     workers takes the same steps. Costs 8 bytes a parameter.
+
+    Of an embedding with sparse gradients, only the rows that the batch's tokens touch are added up and sent.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        self.sums: list[Tensor | None] = [None] * len(self.parameters)
+    def __init__(self, model: nn.Module) -> None:
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse}
+        self.parameters = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: id(p) in tables)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        flat = self.parameters[0].new_zeros(sum(sizes), dtype=torch.float64)
+        self.sums = [s.view_as(p) for s, p in zip(flat.split(sizes), self.parameters, strict=True)]
+        self.given = [False] * len(sizes)
+        """Which parameters have a gradient."""
+        self.rows = {n: p.new_zeros(len(p), dtype=torch.bool) for n, p in enumerate(self.parameters) if id(p) in tables}
+        """Which rows of a table, an embedding with sparse gradients, have one."""
+        self.dense = flat[: sum(p.numel() for p in self.parameters if id(p) not in tables)]
+        """All sums but those of the tables, in one piece."""
 
     def take(self) -> None:
         """Move what the parameters' .grad hold into the sums."""
         for number, parameter in enumerate(self.parameters):
-            if parameter.grad is None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
                 continue
-            if self.sums[number] is None:
-                self.sums[number] = parameter.grad.to(torch.float64, copy=True)
+            self.given[number] = True
+            if gradient.is_sparse:
+                touched = gradient._indices()[0]
+                self.sums[number].index_add_(0, touched, gradient._values().to(torch.float64))
+                self.rows[number][touched] = True
             else:
-                self.sums[number] += parameter.grad
-            parameter.grad = None
+                self.sums[number] += gradient
+                if number in self.rows:
+                    self.rows[number][:] = True
+
+    def reduce(self, all_reduce: Callable[[Tensor], None]) -> None:
+        """Add up the workers' sums. all_reduce: sums a tensor over workers, in place.
+
+        A worker that encoded nothing has no gradient where others have one: who has which is agreed upon first.
+        """
+        flags = torch.cat([torch.tensor(self.given, device=self.sums[0].device), *self.rows.values()]).int()
+        all_reduce(flags)
+        given, *touched = flags.bool().split([len(self.given), *map(len, self.rows.values())])
+        self.given = given.tolist()
+        self.rows = dict(zip(self.rows, touched, strict=True))
+        all_reduce(self.dense)
+        for number, rows in self.rows.items():
+            share = self.sums[number][rows]
+            all_reduce(share)
+            self.sums[number][rows] = share
 
     def give(self) -> None:
         """Move the sums into the parameters' .grad; a parameter without any gradient keeps None."""
         for number, parameter in enumerate(self.parameters):
-            total, self.sums[number] = self.sums[number], None
-            parameter.grad = None if total is None else total.to(parameter.dtype)
+            parameter.grad = self.sums[number].to(parameter.dtype, copy=True) if self.given[number] else None
+            self.given[number] = False
+        self.dense.zero_()
+        for number, rows in self.rows.items():
+            self.sums[number][rows] = 0
+            rows.zero_()
 
 
 def second_pass(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gist_dist.config import OptimConfig
 
@@ -17,7 +17,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
     )
 
 
@@ -39,10 +39,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients down to max_norm; returns their norm before. Parameters without gradient don't count."""
     with_gradient = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in with_gradient])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
-    return norm.item()
+    return norm

@@ -4,20 +4,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gist_dist.collectives import World, all_gather_rows, all_reduce_sums, all_reduce_values, reduce_scatter_rows
+from gist_dist.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan, Chunk, deal
-from gist_dist.encoder import Guide, Student
+from gist_dist.encoder import Guide, Padded, Student
 from gist_dist.errors import UserError
 from gist_dist.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.optim import clip_gradients
+
+GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""batch.gather_precision, where embeddings are rounded for it; on one worker too, so that it makes no difference."""
 
 PHASES = ("encode", "guide", "gather", "loss", "scatter", "backward", "reduce", "optimizer")
 
@@ -52,73 +56,97 @@ class Trainee:
         self.student, self.optimizer = student, optimizer
         self.guide = guide
         """The model, where it encodes within the step."""
-        self.gradients = GradientSums(student.parameters())
+        for encoder in (student, guide):
+            if encoder:
+                encoder.check_device()
+        self.gradients = GradientSums(student.model)
         self.activations = ActivationBudget(config.batch.activation_gb * 1e9, student.model)
 
 
-def train_step(trainee: Trainee, plan: BatchPlan) -> StepResult:
+@dataclass(frozen=True)
+class StepInputs:
+    """What this worker encodes in a step, by number of the chunk."""
+
+    student: dict[int, Padded]
+    guide: dict[int, Padded]
+
+
+def prepare_inputs(trainee: Trainee, plan: BatchPlan) -> StepInputs:
+    """May run ahead, in another thread."""
+    corpus, world = trainee.corpus, trainee.world
+
+    def own(chunks: tuple[Chunk, ...], texts: np.ndarray) -> dict[int, np.ndarray]:
+        return {c: texts[chunks[c].texts] for c in deal(chunks, world.size)[world.rank]}
+
+    students, guides = own(plan.student_chunks, plan.texts), own(plan.guide_chunks, plan.guide_inputs)
+    return StepInputs(
+        {c: trainee.student.padded(corpus.student_tokens(t)) for c, t in students.items()},
+        {c: trainee.guide.padded(corpus.guide_tokens(t)) for c, t in guides.items()},
+    )
+
+
+def train_step(trainee: Trainee, plan: BatchPlan, inputs: StepInputs | None = None) -> StepResult:
     """Encode, gather, score, scatter, encode again with graphs, sum, and let the optimizer step.
 
-    Every worker calls it with the same plan.
+    Every worker calls it with the same plan. inputs: of this plan, where they were prepared ahead.
     """
+    inputs = inputs or prepare_inputs(trainee, plan)
     config, world, clock = trainee.config, trainee.world, Clock(trainee.student.device)
     chunks = plan.student_chunks
     hands = deal(chunks, world.size)
     own = hands[world.rank]
 
     def encode(chunk: int) -> Tensor:
-        tokens = trainee.corpus.student_tokens(plan.texts[chunks[chunk].texts])
-        return trainee.student.encode(tokens, dropout_seed=(config.seed, plan.step, chunk))
+        return trainee.student.encode(inputs.student[chunk], dropout_seed=(config.seed, plan.step, chunk))
 
     with clock("encode"):
         embeddings = first_pass(encode, own, [chunks[c].padded_tokens for c in own], trainee.activations)
     with clock("gather"):
         local = _stack([e.detach() for e in embeddings.values()], trainee.student)
-        student_rows = _gather_texts(local, chunks, hands, world)
+        sent = local.to(GATHERED.get(config.batch.gather_precision, local.dtype))
+        student_rows = _gather_texts(sent, chunks, hands, world).to(local.dtype)
     with clock("guide"):
-        guide_rows = _guide_rows(trainee, plan, student_rows)
+        guide_rows = _guide_rows(trainee, plan, inputs, student_rows)
     with clock("loss"):
         batch = _batch_index(plan, student_rows.device)
         blocks = row_blocks(batch, config.loss, config.batch.loss_gb * 1e9)
         share = gist_loss(student_rows, guide_rows, batch, blocks[world.rank :: world.size], config.loss)
     with clock("scatter"):
         gradients = _scatter_gradients(share.gradient, chunks, hands, world)
-        totals = all_reduce_values({"loss": share.loss, **share.counts}, world)
-    if not np.isfinite(totals["loss"]):
-        raise UserError(f"step {plan.step}: the loss is {totals['loss']}; lower optim.learning_rate or use fp32")
     with clock("backward"):
         second_pass(encode, embeddings, gradients, trainee.gradients)
     with clock("reduce"):
-        # Shares already carry 1/g, so workers sum.
-        all_reduce_sums(trainee.gradients.sums, trainee.gradients.parameters, world)
+        totals = all_reduce_values({"loss": share.loss, **share.counts}, world)  # the host waits for the device here
+        if not np.isfinite(totals["loss"]):
+            raise UserError(f"step {plan.step}: the loss is {totals['loss']}; lower optim.learning_rate or use fp32")
+        if world.size > 1:  # shares already carry 1/g, so workers sum
+            trainee.gradients.reduce(all_reduce_sum)
         trainee.gradients.give()
     with clock("optimizer"):
         grad_norm = clip_gradients(trainee.student.parameters(), config.optim.max_grad_norm)
         trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
-    return StepResult(totals.pop("loss"), grad_norm, totals, guide_rows is not None, clock.seconds)
+    return StepResult(totals.pop("loss"), grad_norm.item(), totals, guide_rows is not None, clock.seconds())
 
 
-def _guide_rows(trainee: Trainee, plan: BatchPlan, student_rows: Tensor) -> Tensor | None:
+def _guide_rows(trainee: Trainee, plan: BatchPlan, inputs: StepInputs, student_rows: Tensor) -> Tensor | None:
     """The guide's embeddings of all unique texts: encoded now, read from the cache, or the student's own."""
     if trainee.config.guide is None:
         return None
     if trainee.config.guide.mode == "self":
         return student_rows
     if plan.guide_embeddings is not None:
-        inputs = torch.from_numpy(plan.guide_embeddings).to(student_rows.device)
+        distinct = torch.from_numpy(plan.guide_embeddings).to(student_rows.device)
     else:
-        inputs = _encode_guide(trainee, plan)
-    return inputs.to(student_rows.dtype)[torch.from_numpy(plan.guide_input_of).to(inputs.device)]
+        distinct = _encode_guide(trainee, plan, inputs)
+    return distinct.to(student_rows.dtype)[torch.from_numpy(plan.guide_input_of).to(distinct.device)]
 
 
-def _encode_guide(trainee: Trainee, plan: BatchPlan) -> Tensor:
+def _encode_guide(trainee: Trainee, plan: BatchPlan, inputs: StepInputs) -> Tensor:
     """The guide's embeddings of its distinct inputs; this worker encodes those of its chunks."""
-    chunks, world = plan.guide_chunks, trainee.world
-    hands = deal(chunks, world.size)
-    texts = [plan.guide_inputs[chunks[c].texts] for c in hands[world.rank]]
-    local = _stack([trainee.guide.encode(trainee.corpus.guide_tokens(t)) for t in texts], trainee.guide)
-    return _gather_texts(local.half(), chunks, hands, world)  # exact: they are rounded to fp16
+    local = _stack([trainee.guide.encode(padded) for padded in inputs.guide.values()], trainee.guide)
+    hands = deal(plan.guide_chunks, trainee.world.size)
+    return _gather_texts(local.half(), plan.guide_chunks, hands, trainee.world)  # exact: they are rounded to fp16
 
 
 def _stack(embeddings: list[Tensor], encoder: Student | Guide) -> Tensor:
@@ -161,15 +189,31 @@ def _batch_index(plan: BatchPlan, device: torch.device) -> BatchIndex:
 
 
 class Clock:
-    """Seconds by phase; waits for the device, so that its work counts where it was asked for."""
+    """Seconds by phase. A GPU's are read off its own marks once the step is done: no phase waits for the last one."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
+        self.device = device
+        self.spans: list[tuple[str, Any, Any]] = []
+        """Phase, its beginning and its end."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self._mark()
         yield
+        self.spans.append((phase, started, self._mark()))
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
+
+    def seconds(self) -> dict[str, float]:
+        """Waits for the device."""
+        seconds = dict.fromkeys(PHASES, 0.0)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[phase] += time.perf_counter() - started
+        for phase, started, ended in self.spans:
+            seconds[phase] += started.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - started
+        return seconds

@@ -9,6 +9,7 @@ from gist_dist.checkpoint import committed, latest_intact, load_checkpoint, save
 from gist_dist.collectives import World, all_reduce_max, barrier, broadcast_object
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
+from gist_dist.data.plan import BatchPlan
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Guide, Student, save_model
 from gist_dist.errors import UserError
@@ -16,7 +17,7 @@ from gist_dist.guidance import Guidance
 from gist_dist.guide_cache import GuideCache
 from gist_dist.metrics import MetricsFile, metrics_line, peak_memory_bytes
 from gist_dist.optim import build_optimizer, learning_rate, set_learning_rate
-from gist_dist.step import Trainee, train_step
+from gist_dist.step import StepInputs, Trainee, prepare_inputs, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +41,21 @@ def train(config: RunConfig, corpus: Corpus, student: Student, guide: Guide | Gu
     writer = _tensorboard(config) if world.rank == 0 else None
     progress = _Progress(sampler.num_steps, done)
 
+    def plan(step: int) -> tuple[BatchPlan, StepInputs]:
+        batch = guidance.plan(step)
+        return batch, prepare_inputs(trainee, batch)
+
     with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
-        upcoming = planner.submit(guidance.plan, done + 1)
+        upcoming = planner.submit(plan, done + 1)
         for step in range(done + 1, sampler.num_steps + 1):
             started = time.perf_counter()
-            batch = upcoming.result()
+            batch, inputs = upcoming.result()
             waited = time.perf_counter() - started
             if step < sampler.num_steps and not guidance.changes_after(step):
-                upcoming = planner.submit(guidance.plan, step + 1)
+                upcoming = planner.submit(plan, step + 1)
             rate = learning_rate(step, sampler.num_steps, config.optim)
             set_learning_rate(optimizer, rate)
-            result = train_step(trainee, batch)
+            result = train_step(trainee, batch, inputs)
             result.seconds["plan"] = waited
             seconds = time.perf_counter() - started
             peak = all_reduce_max(float(peak_memory_bytes(student.device)), student.device, world)
@@ -62,7 +67,7 @@ def train(config: RunConfig, corpus: Corpus, student: Student, guide: Guide | Gu
                 _write_scalars(writer, line)
             if guidance.changes_after(step):
                 guidance.renew(step)  # before the checkpoint, which then never lacks its guide
-                upcoming = planner.submit(guidance.plan, step + 1)
+                upcoming = planner.submit(plan, step + 1)
             if step == sampler.num_steps or (
                 config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
             ):
