@@ -13,6 +13,8 @@
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 from harness import Claim, interleave, model_flags, parser, publish, ratio, say, seconds_of, spread, start
 from sides import DATA, Encoded, Ours, Setting, setting_of
-from torch import Tensor
+from torch import Tensor, nn
 
 from gist_dist.optim import clip_gradients
 
@@ -132,6 +134,22 @@ class Packed:
 
 def plain_step(ours: Ours, n: int) -> float:
     """What training without gradient caching does, on the chunks of our plan; the loss."""
+    with dense_gradients(ours.student.model):
+        return _plain_step(ours, n)
+
+
+@contextmanager
+def dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Of token tables too, as everybody else trains."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module.sparse]
+    for table in tables:
+        table.sparse = False
+    yield
+    for table in tables:
+        table.sparse = True
+
+
+def _plain_step(ours: Ours, n: int) -> float:
     plan, tau = ours.plan(n), ours.config.loss.temperature
     student = [ours.student.embed(ours.corpus.student_tokens(plan.texts[c.texts])) for c in plan.student_chunks]
     order = np.argsort(np.concatenate([c.texts for c in plan.student_chunks]))
