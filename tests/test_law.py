@@ -134,6 +134,14 @@ class Stage:
             jobs |= {(kept, step): (tree, str(self.corpora["rich", True]), step) for step in (1, 2)}
         return self._run(world_size, "on", jobs)
 
+    def rounded_outcomes(self, world_size: int) -> dict[str, list[dict[str, Any]]]:
+        """By batch.gather_precision."""
+        jobs = {}
+        for precision in ("fp32", "bf16", "fp16"):
+            tree = self.tree(SETTINGS[4], batch=MACHINERY["medium pieces"] | {"gather_precision": precision})
+            jobs[precision] = (tree, str(self.corpora[SETTINGS[4][0], True]), 1)
+        return self._run(world_size, "rounded", jobs)
+
     def _run(self, world_size: int, name: str, jobs: dict[Any, tuple]) -> dict[Any, list[dict[str, Any]]]:
         if (world_size, name) not in self._outcomes:
             folder = self.folder / f"world-{world_size}-{name}"
@@ -244,6 +252,19 @@ def test_dropout_masks_do_not_depend_on_world_size_or_budget(stage, world_size):
             reference = alone["nothing kept", step][0]
             assert outcome["loss"] == pytest.approx(reference["loss"], abs=1e-10)
             assert_equal_gradients(outcome["gradients"], reference["gradients"], 1e-10)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_rounded_embeddings_are_the_same_for_any_world_size(stage, world_size):
+    """One worker rounds too, though it sends nothing."""
+    alone, here = stage.rounded_outcomes(1), stage.rounded_outcomes(world_size)
+    exact = alone["fp32"][0]
+    for precision, coarse in (("bf16", 2**-8), ("fp16", 2**-11)):
+        rounded = alone[precision][0]
+        assert 1e-8 < abs(rounded["loss"] - exact["loss"]) < 10 * coarse
+        for outcome in here[precision]:
+            assert outcome["loss"] == pytest.approx(rounded["loss"], abs=1e-10)
+            assert_equal_gradients(outcome["gradients"], rounded["gradients"], 1e-10)
 
 
 def test_dropout_was_on(stage, expected):
