@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gist_dist.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
 from gist_dist.config import RunConfig
@@ -139,7 +140,9 @@ def _guide_rows(trainee: Trainee, plan: BatchPlan, inputs: StepInputs, student_r
         distinct = torch.from_numpy(plan.guide_embeddings).to(student_rows.device)
     else:
         distinct = _encode_guide(trainee, plan, inputs)
-    return distinct.to(student_rows.dtype)[torch.from_numpy(plan.guide_input_of).to(distinct.device)]
+    # Rounding to fp16 has left them not quite of length 1.
+    distinct = F.normalize(distinct.to(student_rows.dtype), dim=-1)
+    return distinct[torch.from_numpy(plan.guide_input_of).to(distinct.device)]
 
 
 def _encode_guide(trainee: Trainee, plan: BatchPlan, inputs: StepInputs) -> Tensor:

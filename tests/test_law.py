@@ -197,7 +197,7 @@ def reference_step(stage: Stage, setting: Setting) -> tuple[float, dict[str, np.
         guide = SentenceTransformer(str(stage.guide), device="cpu").double().eval()
         with torch.no_grad():
             guide_embeddings = F.normalize(guide(guide.preprocess(texts))["sentence_embedding"], dim=-1)
-            guide_embeddings = guide_embeddings.half().double()  # as the cache keeps them
+            guide_embeddings = F.normalize(guide_embeddings.half().double(), dim=-1)  # as the cache keeps them
     numbered = [
         Row(number[r["anchor"]], number[r["positive"]], tuple(number[n] for n in r.get("negatives", ()))) for r in rows
     ]
