@@ -48,7 +48,8 @@ def main() -> None:
 
 def gist_dist(command: str, *overrides: str) -> str:
     arguments = [sys.executable, "-m", "gist_dist.cli", command, str(RECIPE), *overrides]
-    return subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout
+    said = subprocess.run(arguments, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return said.replace(f"{Path.cwd()}/", "")
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -8,11 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import ray
+import yaml
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from gist_dist.cli import main
 from gist_dist.config import ClusterConfig, RunConfig, parse_config
 from gist_dist.errors import UserError
 from gist_dist.metrics import read_metrics
@@ -143,6 +146,34 @@ def test_killed_run_ends_with_the_undisturbed_model(runs, tmp_path, rows, minilm
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line, expected in zip(lines, undisturbed, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=2e-6)
+
+
+def test_cached_guide_gives_the_online_run(runs, tmp_path, rows, minilm, minilm_l2):
+    """Filled before training; the workers load no guide."""
+    guide = {"model": str(minilm), "max_tokens": 32, "mode": "cache"}
+    cached = recipe(tmp_path, rows, minilm, minilm_l2, 2, name="cached", guide=guide)
+    train_and_evaluate(cached)
+    lines, online = (read_metrics(c.run_dir / "metrics.jsonl") for c in (cached, runs[2]))
+    for line, expected in zip(lines, online, strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert line["masked_fraction"] == pytest.approx(expected["masked_fraction"], abs=1e-3)
+        assert line["seconds"]["guide"] < expected["seconds"]["guide"] / 5
+    assert list((tmp_path / "guide_cache").glob("*/*.arrow"))
+
+
+def test_precompute_and_mine_from_the_command_line(ray_session, tmp_path, rows, minilm, minilm_l2, capsys):
+    path = _write_recipe(recipe(tmp_path, rows, minilm, minilm_l2, 1), tmp_path)
+    assert main(["precompute", str(path)]) == 0
+    assert " were there before" in capsys.readouterr().out
+    assert main(["precompute", str(path)]) == 0
+    assert "; 0 encoded" in capsys.readouterr().out
+    assert main(["mine", str(path), "--output", str(tmp_path / "mined"), "--negatives", "2"]) == 0
+    sources = yaml.safe_load((tmp_path / "mined" / "sources.yaml").read_text())["sources"]
+    assert main(["plan", str(path), f"data.sources={json.dumps(sources)}"]) == 0
+    assert "rows.parquet" in (tmp_path / "mined" / "sources.yaml").read_text()
+    mined = pq.read_table(tmp_path / "mined" / "rows.parquet").to_pylist()
+    before = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [len(row["negatives"]) for row in mined] == [len(row["negatives"]) + 2 for row in before]
 
 
 def test_user_error_in_a_worker_is_one_sentence_and_is_not_retried(ray_session, tmp_path, rows, minilm, minilm_l2):
