@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gist_dist.config import GuideConfig, RolePrompts, StudentConfig
+from gist_dist.cpu_dropout import FastDropout
 from gist_dist.data.tokens import TextTokenizer, Tokens, backend_tokens
 from gist_dist.errors import UserError
 from gist_dist.hub import go_offline_if_unreachable
@@ -75,20 +77,20 @@ class Encoder:
         with self._autocast():
             self.width: int = self.model.encode(["width"], show_progress_bar=False).shape[-1]
         _refuse_prompt_pooling(self.model, config.prompts, section)
-        if config.compile:
-            self.model.compile(**COMPILE)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def check_device(self) -> None:
-        """UserError if this machine can't encode as the recipe says; where texts are only tokenized, it need not."""
+    def get_ready(self) -> None:
+        """To encode in earnest, not only to tokenize. UserError if this machine can't do it as the recipe says."""
         section = "student" if isinstance(self.config, StudentConfig) else "guide"
         if self.config.attention == "flash_attention_2" and self.device.type != "cuda":
             raise UserError(f"{section}.attention: flash_attention_2 needs a GPU and there is none; leave it out")
         if self.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
             raise UserError(f"{section}.compile needs a C++ compiler and there is none; install g++ or leave it out")
+        if self.config.compile:
+            self.model.compile(**COMPILE)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of all texts, joined, and the number of tokens of each; exactly what model.encode would see."""
@@ -195,6 +197,8 @@ class Student(Encoder):
                 raise UserError(f"student.gradient_checkpointing: {config.model} does not offer it; leave it out")
             newer_name = getattr(transformer, "activation_checkpointing_enable", None)
             (newer_name or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
+        is_traced = config.compile or config.gradient_checkpointing
+        self.dropout = nullcontext() if is_traced or self.device.type != "cpu" else FastDropout()
         if not config.compile:  # which knows no sparse gradients
             for module in transformer.modules():
                 if isinstance(module, nn.Embedding) and module.num_embeddings == transformer.config.vocab_size:
@@ -206,7 +210,8 @@ class Student(Encoder):
     def encode(self, texts: Sequence[np.ndarray] | Padded, dropout_seed: Sequence[int]) -> Float[Tensor, "t d"]:
         """Equal arguments draw equal dropout, so that a second encode repeats the first."""
         torch.manual_seed(int(np.random.SeedSequence(dropout_seed).generate_state(1, np.uint64)[0]))
-        return self.embed(texts)
+        with self.dropout:
+            return self.embed(texts)
 
     def save(self, folder: Path) -> None:
         """A stock SentenceTransformer directory, with the model's own limit of tokens."""

@@ -59,7 +59,7 @@ class Trainee:
         """The model, where it encodes within the step."""
         for encoder in (student, guide):
             if encoder:
-                encoder.check_device()
+                encoder.get_ready()
         self.gradients = GradientSums(student.model)
         self.activations = ActivationBudget(config.batch.activation_gb * 1e9, student.model)
 

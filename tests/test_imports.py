@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "gist_dist"
 LAYERS = {
     "config": 0, "errors": 0, "files": 0, "hub": 0, "storage": 0,
     "data": 1, "loss": 1, "loss_kernel": 1, "gradcache": 1, "collectives": 1, "encoder": 1, "optim": 1, "checkpoint": 1,
-    "guide_cache": 1, "mining": 1, "step": 2,
+    "cpu_dropout": 1, "guide_cache": 1, "mining": 1, "step": 2,
     "metrics": 3, "guidance": 3,
     "trainer": 4,
 }  # fmt: skip

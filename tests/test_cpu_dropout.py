@@ -1,0 +1,100 @@
+"""Dropout drawn our way: the same function as torch's, but for which numbers are dropped."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gist_dist import cpu_dropout
+from gist_dist.cpu_dropout import FastDropout
+
+SHAPE = (5, 3, 7, 4)
+"""Texts, heads, tokens and width of a head."""
+
+
+def inputs(mask: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    torch.manual_seed(1)
+    queries_keys_values = [torch.randn(SHAPE, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    lengths = torch.tensor([7, 7, 5, 2, 1])
+    real = (torch.arange(SHAPE[2]) < lengths[:, None])[:, None, None, :].expand(-1, 1, SHAPE[2], -1)
+    return queries_keys_values, real if mask else None
+
+
+@pytest.fixture(params=[2**18, 3 * 7 * 7 * 2], ids=["one piece", "two texts a piece"])
+def pieces(monkeypatch, request) -> int:
+    monkeypatch.setattr(cpu_dropout, "SCORES_AT_ONCE", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_attention_is_that_of_the_formula_and_so_are_its_gradients(pieces, mask):
+    (query, key, value), real = inputs(mask)
+
+    def attention(*tensors: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        with FastDropout():
+            return F.scaled_dot_product_attention(*tensors, attn_mask=real, dropout_p=0.4)
+
+    torch.manual_seed(7)
+    texts = min(SHAPE[0], pieces // math.prod(SHAPE[1:3]) // SHAPE[2])
+    kept = [cpu_dropout._kept(part.shape, 0.4) for part in torch.empty(*SHAPE[:3], SHAPE[2]).split(texts)]
+    scores = (query @ key.transpose(-1, -2)) / 2
+    weights = torch.softmax(scores if real is None else scores.masked_fill(~real, -torch.inf), dim=-1)
+    expected = (weights * torch.cat(kept) / 0.6) @ value
+    torch.testing.assert_close(attention(query, key, value), expected)
+    assert torch.autograd.gradcheck(attention, (query, key, value))
+    with torch.no_grad():
+        assert torch.equal(attention(query, key, value), attention(*(x.detach() for x in (query, key, value))))
+
+
+def test_dropout_is_that_of_the_formula_and_so_is_its_gradient():
+    value = torch.randn(40, 30, dtype=torch.float64, requires_grad=True)
+
+    def dropout(tensor: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        with FastDropout():
+            return torch.nn.Dropout(0.3)(tensor)
+
+    torch.manual_seed(3)
+    expected = value * cpu_dropout._kept(value.shape, 0.3) / 0.7
+    torch.testing.assert_close(dropout(value), expected)
+    assert torch.autograd.gradcheck(dropout, value)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_each_number_is_dropped_on_its_own_with_the_given_probability(p):
+    torch.manual_seed(5)
+    dropped = (~cpu_dropout._kept(torch.Size((1000, 1001)), p)).double().flatten()
+    spread = math.sqrt(p * (1 - p) / dropped.numel())
+    assert abs(dropped.mean() - p) < 5 * spread + 2**-16
+    for distance in (1, 2, 3, 4, 1001):  # four come from one draw
+        together = (dropped[distance:] * dropped[:-distance]).mean()
+        assert abs(together - p * p) < 5 * p * math.sqrt((1 - p * p) / dropped.numel()) + 2**-15
+    torch.manual_seed(5)
+    assert torch.equal(dropped == 0, cpu_dropout._kept(torch.Size((1000, 1001)), p).flatten())
+
+
+def test_the_rest_is_left_to_torch():
+    """Evaluation, low precision, causal attention: bit for bit what torch gives with the same seed."""
+    single = torch.randn(2, 3, 5, 4)
+    cases = [
+        lambda: F.dropout(single, 0.5, training=False),
+        lambda: F.dropout(single, 0.0),
+        lambda: F.dropout(single.bfloat16(), 0.5),
+        lambda: F.scaled_dot_product_attention(single, single, single),
+        lambda: F.scaled_dot_product_attention(single, single, single, dropout_p=0.5, is_causal=True),
+        lambda: F.scaled_dot_product_attention(single, single, single, torch.zeros(5, 5), dropout_p=0.5),
+        lambda: F.scaled_dot_product_attention(single[:, :, :2], single, single, dropout_p=0.5),
+    ]
+    for case in cases:
+        torch.manual_seed(0)
+        expected = case()
+        torch.manual_seed(0)
+        with FastDropout():
+            assert torch.equal(case(), expected)
+    torch.manual_seed(0)
+    expected = F.dropout(single, 0.5)
+    torch.manual_seed(0)
+    with FastDropout():
+        assert not torch.equal(F.dropout(single, 0.5), expected)
