@@ -37,7 +37,10 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 """The developers' data pack: training rows and offline MTEB tasks."""
 RESULTS = Path(__file__).parent / "results"
-BENCHMARKS = ("loss_stage", "step", "guide", "ceiling", "workers", "batch_scaling", "batch_quality", "gpu")
+BENCHMARKS = (
+    "loss_stage", "step_short", "step_mixed", "step_long", "guide", "ceiling", "workers", "gather_precision",
+    "batch_scaling", "batch_quality", "gpu",
+)  # fmt: skip
 """In the order of results/README.md; results of other names come after them."""
 
 

@@ -2,8 +2,9 @@
 
 Encode, loss, backward and optimizer of the same rows with the same models, token limits, precision and threads, in one
 process and in two (one thread each; theirs with gather_across_devices=True under DDP). Ours also with the guide
-cached, which theirs can't. Theirs runs with the best of --mini-batch-sizes, measured at the smallest batch. Rows have
-no text twice, which is where the two losses would differ; that they agree is checked first, with dropout off.
+cached, which theirs can't, and with every activation budget of --activation-gb: chunks whose graphs fit are encoded
+once. Theirs runs with the best of --mini-batch-sizes, measured at the smallest batch. Rows have no text twice, which
+is where the two losses would differ; that they agree is checked first, with dropout off.
 
     python benchmarks/step.py                                                          about 2 hours on 2 cores
     python benchmarks/step.py --data short --sizes 128 256 --processes 1 --repeats 3   about 3 minutes
@@ -34,25 +35,31 @@ from gist_dist.collectives import World
 
 GOALS = {"short": (4.5, 6.0), "mixed": (5.0, 7.0), "long": (2.0, 2.7)}
 """At 1,024 rows in one process: guide online, guide cached."""
+OURS = ("ours", "cached")
+"""How the names of our sides begin: guide online, guide cached; their activation budget follows."""
 
 
 def main() -> None:
     arguments = parse()
     start(arguments)
-    results, notes = [], {}
     for data in arguments.data:
-        setting, origin = setting_of(arguments, data, max(arguments.sizes))
-        check = losses_agree(setting, min(arguments.sizes))
-        by_size = their_mini_batches(setting, min(arguments.sizes), arguments.mini_batch_sizes)
-        notes[data] = {"rows": origin, "agreement": check, "their_seconds_by_mini_batch_size": by_size}
-        say(f"{data}: {notes[data]}")
-        best = min(by_size, key=by_size.get)
-        for processes in arguments.processes:
-            threads = max(1, arguments.threads // processes)
-            # A group even of one: the child has its threads from the start, and its memory to itself.
-            told = run_group(measure, processes, threads, setting, data, best, arguments)[0]
-            results += [result | {"data": data, "processes": processes, "threads": threads} for result in told]
-    largest = {(r["data"], r["processes"]): r for r in results if "ratio" in r}
+        step_on(data, arguments)
+
+
+def step_on(data: str, arguments: argparse.Namespace) -> None:
+    setting, origin = setting_of(arguments, data, max(arguments.sizes))
+    check = losses_agree(setting, min(arguments.sizes))
+    by_size = their_mini_batches(setting, min(arguments.sizes), arguments.mini_batch_sizes)
+    notes = {"rows": origin, "agreement": check, "their_seconds_by_mini_batch_size": by_size}
+    say(f"{data}: {notes}")
+    best = min(by_size, key=by_size.get)
+    results = []
+    for processes in arguments.processes:
+        threads = max(1, arguments.threads // processes)
+        # A group even of one: the child has its threads from the start, and its memory to itself.
+        told = run_group(measure, processes, threads, setting, data, best, arguments)[0]
+        results += [result | {"data": data, "processes": processes, "threads": threads} for result in told]
+    largest = {r["processes"]: r for r in results if r["ratio"]}
     claims = [claim for result in largest.values() for claim in claims_of(result)]
     document = {
         "question": "How long is one training step: encoders, loss, backward and optimizer?",
@@ -63,21 +70,19 @@ def main() -> None:
         },
         "results": results,
     }  # fmt: skip
+    sides = [name for name in results[0] if name.startswith(OURS)]
     columns = {
-        "data": "data",
         "processes": "processes",
         "rows": lambda r: f"{r['rows']:,}",
-        "ours s": lambda r: spread(r["ours"]["seconds"]),
-        "guide cached s": lambda r: spread(r["cached"]["seconds"]),
-        "theirs s": lambda r: spread(r["theirs"]["seconds"]),
-        "theirs ÷ ours": lambda r: spread(r["ratio"], "×"),
-        "theirs ÷ cached": lambda r: spread(r["ratio_cached"], "×"),
+        **{f"{side}, s": partial(lambda side, r: spread(r[side]["seconds"]), side) for side in [*sides, "theirs"]},
+        **{f"theirs ÷ {side}": partial(lambda side, r: spread(r["ratio"][side], "×"), side) for side in sides},
         "padding ours, theirs": lambda r: f"{r['padding']:.1%}, {r['their_padding']:.1%}",
-        "adds GB ours, theirs": lambda r: (
-            f"{gigabytes(r['ours']['added_bytes'])}, {gigabytes(r['theirs']['added_bytes'])}"
-        ),
+        **{
+            f"{side} adds GB": partial(lambda side, r: gigabytes(r[side]["added_bytes"]), side)
+            for side in [*sides, "theirs"]
+        },
     }
-    publish("step", document, columns, claims, lambda axes: draw(axes, results), arguments.results)
+    publish(f"step_{data}", document, columns, claims, lambda axes: draw(axes, results), arguments.results)
 
 
 def parse() -> argparse.Namespace:
@@ -87,7 +92,8 @@ def parse() -> argparse.Namespace:
     flags.add_argument("--sizes", type=int, nargs="+", default=[128, 256, 512, 1024])
     flags.add_argument("--their-largest", type=int, default=1024, help="theirs is left out above")
     flags.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    flags.add_argument("--activation-gb", type=float, default=1.0, help="ours: graphs kept from the first pass")
+    budgets = "ours: gigabytes for graphs kept from the first pass; the last one is claimed"
+    flags.add_argument("--activation-gb", type=float, nargs="+", default=[1.0, 8.0], help=budgets)
     flags.add_argument("--mini-batch-sizes", type=int, nargs="+", default=[32, 64, 128], help="theirs, the best of")
     flags.set_defaults(budget=300)
     return flags.parse_args()
@@ -118,25 +124,27 @@ def measure(
     world: World, setting: Setting, data: str, mini_batch_size: int, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """All sizes, every side in turns."""
-    ours = Ours(setting, world, activation_gb=arguments.activation_gb)
-    steps = {"ours": ours.step}
-    if can_cache():
-        steps["cached"] = Ours(setting, world, mode="cache", activation_gb=arguments.activation_gb).step
+    ours = Ours(setting, world)
+    modes = {"online": "ours", "cache": "cached"} if can_cache() else {"online": "ours"}
+    steps = {
+        f"{name} {budget:g} GB": Ours(setting, world, mode=mode, activation_gb=budget).step
+        for mode, name in modes.items()
+        for budget in arguments.activation_gb
+    }
     theirs = Theirs(setting, ours, world, mini_batch_size)
     results = []
     for n in arguments.sizes:
         sides = steps | ({"theirs": theirs.step} if n <= arguments.their_largest else {})
-        cold = ["theirs"] if n > min(arguments.sizes) else []
+        cold = list(sides) if n > min(arguments.sizes) else []  # the smallest batch has warmed all up
         calls = {name: partial(step, n) for name, step in sides.items()}
         samples = interleave(calls, arguments.repeats, arguments.budget, cold, world)
         plan = ours.plan(n)
         result = {"rows": n, **{name: taken.told() for name, taken in samples.items()}}
         result["padding"] = 1 - plan.num_tokens / plan.padded_tokens
+        result["ratio"] = {}
         if "theirs" in samples:
             result["their_padding"] = 1 - theirs.num_tokens(n) / theirs.padded_tokens(n)
-            result["ratio"] = ratio(samples["theirs"], samples["ours"])
-            if "cached" in samples:
-                result["ratio_cached"] = ratio(samples["theirs"], samples["cached"])
+            result["ratio"] = {name: ratio(samples["theirs"], samples[name]) for name in steps}
         results.append(result)
         if world.rank == 0:
             say(f"{data}, {world.size} × {n:,} rows: {seconds_of(result)}")
@@ -144,24 +152,25 @@ def measure(
 
 
 def claims_of(result: dict[str, Any]) -> list[Claim]:
-    """At the largest batch that both sides ran."""
+    """At the largest batch that both sides ran; the goals are for the largest activation budget."""
     found = []
-    for key, goal, guide in (("ratio", 0, "online"), ("ratio_cached", 1, "cached")):
-        if key in result:
-            has_goal = result["rows"] == 1024 and result["processes"] == 1
-            processes = f"{result['processes']} process{'es' * (result['processes'] > 1)}"
-            what = f"step, {result['data']}, {result['rows']:,} rows, {processes}, guide {guide}: theirs ÷ ours"
-            found.append(Claim(what, result[key]["median"], GOALS[result["data"]][goal] if has_goal else None))
+    for side, taken in result["ratio"].items():
+        name, budget = side.split(" ", 1)
+        of_mode = [other for other in result["ratio"] if other.startswith(name)]
+        goal = GOALS[result["data"]][name == "cached"] if side == of_mode[-1] else None
+        has_goal = result["rows"] == 1024 and result["processes"] == 1
+        processes = f"{result['processes']} process{'es' * (result['processes'] > 1)}"
+        guide = "cached" if name == "cached" else "online"
+        what = f"step, {result['data']}, {result['rows']:,} rows, {processes}, guide {guide}, graphs {budget}"
+        found.append(Claim(f"{what}: theirs ÷ ours", taken["median"], goal if has_goal else None))
     return found
 
 
 def draw(axes: Any, results: list[dict[str, Any]]) -> None:
-    for data in dict.fromkeys(r["data"] for r in results):
-        for key, style in (("ratio", "-o"), ("ratio_cached", "--s")):
-            drawn = [r for r in results if r["data"] == data and r["processes"] == 1 and key in r]
-            label = f"{data}{', guide cached' if key == 'ratio_cached' else ''}"
-            if drawn:
-                axes.plot([r["rows"] for r in drawn], [r[key]["median"] for r in drawn], style, label=label)
+    drawn = [r for r in results if r["processes"] == results[0]["processes"] and r["ratio"]]
+    for side in drawn[0]["ratio"] if drawn else ():
+        style = "--s" if side.startswith("cached") else "-o"
+        axes.plot([r["rows"] for r in drawn], [r["ratio"][side]["median"] for r in drawn], style, label=side)
     axes.axhline(1, color="gray", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="rows of the batch", ylabel="times faster", title="whole step against CachedGISTEmbedLoss")

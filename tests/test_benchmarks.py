@@ -88,10 +88,12 @@ def test_both_sides_are_given_the_same_tokens_and_find_the_same_loss(setting):
 
 
 def test_steps_are_measured(setting, flags):
-    flags.sizes, flags.their_largest = [8, 16], 8
+    flags.sizes, flags.their_largest, flags.activation_gb = [8, 16], 8, [0.0, 1.0]
     small, large = step.measure(harness.World(), setting, "short", 8, flags)
-    assert small["ratio"]["rounds"] == 2 and "theirs" not in large
+    assert small["ratio"]["ours 1 GB"]["rounds"] == 2 and "theirs" not in large and not large["ratio"]
     assert step.claims_of(small | {"data": "short", "processes": 1})[0].at_least is None
+    claims = step.claims_of(small | {"data": "short", "processes": 1, "rows": 1024})
+    assert [claim.at_least for claim in claims] == [None, 4.5, None, 6.0]
 
 
 def test_ceiling_packs_what_the_step_encoded(setting, flags):
