@@ -6,12 +6,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow quickstart bench lint clean
+.PHONY: help setup test test-slow fuzz chaos quickstart bench lint clean
 
 help:
 	@echo "make quickstart   train and evaluate a small model here, offline, in about 6 minutes"
 	@echo "make test         run the tests (ARGS='tests/test_loss.py -x' for some)"
 	@echo "make test-slow    run the tests that take minutes"
+	@echo "make chaos        inject faults into real runs and rewrite the table of docs/reliability.md"
+	@echo "make fuzz         hostile input for 10 minutes (ARGS='--seconds 3600' for an hour, '--target sources --seed 7' for one case)"
 	@echo "make bench        short versions of all benchmarks, about 15 minutes (ARGS=step for one)"
 	@echo "make lint         ruff check and ruff format --check"
 	@echo "make setup        only make the environment in $(VENV)"
@@ -29,10 +31,18 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
+
+# GIST_CHAOS_SEED draws other moments, GIST_CHAOS_REPEATS injects the repeated faults so often.
+chaos: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m chaos tests/faults $(ARGS)
+	$(BIN)/python tests/faults/records.py
+
+fuzz: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/fuzz.py $(ARGS)
 
 quickstart: $(STAMP)
 	@$(BIN)/python examples/quickstart.py

@@ -1,3 +1,35 @@
-"""Guided contrastive fine-tuning of text-embedding models at any batch size, on a Ray cluster."""
+"""Guided contrastive fine-tuning of text-embedding models at any batch size, on a Ray cluster.
+
+from gist_dist import parse_config, train
+
+summary = train(parse_config({"name": "mine", "student": {...}, "data": {...}}))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gist_dist.config import RunConfig, load_recipe, parse_config
+    from gist_dist.drop_in import CachedGISTEmbedLoss
+    from gist_dist.errors import UserError
+    from gist_dist.on_ray.driver import train_and_evaluate as train
 
 __version__ = "0.1.0"
+__all__ = ["CachedGISTEmbedLoss", "RunConfig", "UserError", "load_recipe", "parse_config", "train"]
+
+# Imported when asked for: a recipe is read without torch, and the loss is used without ray.
+_HOMES = {
+    "CachedGISTEmbedLoss": "gist_dist.drop_in:CachedGISTEmbedLoss",
+    "RunConfig": "gist_dist.config:RunConfig",
+    "UserError": "gist_dist.errors:UserError",
+    "load_recipe": "gist_dist.config:load_recipe",
+    "parse_config": "gist_dist.config:parse_config",
+    "train": "gist_dist.on_ray.driver:train_and_evaluate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gist_dist' has no attribute '{name}'")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(import_module(module), attribute)

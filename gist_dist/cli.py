@@ -2,15 +2,19 @@
 
 import argparse
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from gist_dist import __version__
-from gist_dist.config import EvaluateConfig, RunConfig, load_recipe, packaged_recipes
+from gist_dist.config import EvaluateConfig, RunConfig, load_recipe, packaged_recipes, parse_section
 from gist_dist.errors import UserError
+from gist_dist.interrupts import handled
+from gist_dist.redact import Redacting, printable
 
 EXAMPLES = """examples:
   gist-dist train quickstart                         a packaged recipe
@@ -18,22 +22,41 @@ EXAMPLES = """examples:
   gist-dist plan my.yaml                             what would run, before anything is spent
   gist-dist mine my.yaml --output mined --negatives 5 --relative-margin 0.05
   gist-dist evaluate runs/my/model --tasks STSBenchmark SciFact
-  gist-dist report runs/my                           rebuild report.html"""
+  gist-dist submit my.yaml --address http://head:8265
+  gist-dist report runs/my                           rebuild report.html
+  gist-dist report runs/my runs/other                compare runs on one page"""
+
+INTERRUPTED = 130
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a UserError or an MTEB task that failed, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    """Exit status: 0 done, 1 a UserError or an MTEB task that failed, 130 stopped by Ctrl-C or SIGTERM."""
+    arguments = _parse(argv)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Redacting("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("gist_dist").setLevel(logging.INFO)
     try:
-        return arguments.run(arguments)
+        with handled(signal.SIGTERM, signal.default_int_handler):  # a batch system's way to say ctrl-C
+            return arguments.run(arguments)
     except UserError as error:
-        print(f"gist-dist: {error}", file=sys.stderr)
+        print(f"gist-dist: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("gist-dist: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        print("gist-dist: interrupted; the same command does what is left", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may also stand behind options, where argparse does not expect them."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,10 +74,19 @@ def _parser() -> argparse.ArgumentParser:
         ("precompute", _precompute, "guide embeddings of the whole corpus, kept for guide.mode=cache"),
     ):
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("recipe", help=f"a YAML file, or a packaged recipe: {', '.join(packaged_recipes())}")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the recipe")
+        _add_recipe(command)
         command.set_defaults(run=run)
+        if name == "train":
+            command.add_argument("--address", help="of a Ray cluster that this machine is part of: cluster.address")
+        if name == "plan":
+            command.add_argument(
+                "--gpus", type=int, metavar="N", help="also estimate a step on so many GPUs, 1 to 1,024"
+            )
+            kinds = "a100, h100, h200, l4, a10g, t4 or cpu (default: %(default)s)"
+            command.add_argument("--gpu-kind", default="h100", metavar="KIND", help=kinds)
+    _add_submit(commands)
     _add_mine(commands)
+    _add_cluster(commands)
     command = commands.add_parser("evaluate", help="run MTEB tasks on a model, side by side as Ray tasks")
     command.add_argument("model", help="folder of a SentenceTransformer, or Hub id")
     command.add_argument("--tasks", nargs="+", required=True, help="MTEB tasks, or folders in --local-tasks")
@@ -62,14 +94,55 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", default="mteb", help="folder for MTEB's result files (default: %(default)s)")
     command.add_argument("--address", help="of a Ray cluster; by default $RAY_ADDRESS or a local Ray")
     command.add_argument("--batch-size", type=int, default=64, help="texts encoded at once (default: %(default)s)")
+    limit = "a task that takes longer is ended and counts as failed (default: %(default)s)"
+    command.add_argument("--task-timeout", type=float, default=1440, metavar="MINUTES", help=limit)
     command.set_defaults(run=_evaluate)
-    command = commands.add_parser("report", help="rebuild report.html, report.json and plots of a run")
-    command.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    command = commands.add_parser("report", help="rebuild report.html, report.json and plots of a run; compare several")
+    command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="folder of a run; several: compare them")
+    command.add_argument("--out", type=Path, metavar="PAGE", help="of several runs: write there (default: beside them)")
     command.set_defaults(run=_report)
-    command = commands.add_parser("doctor", help="what this machine or cluster has and lacks")
-    command.add_argument("--address", help="of a Ray cluster to look at")
-    command.set_defaults(run=_doctor)
+    _add_doctor(commands)
     return parser
+
+
+def _add_submit(commands: Any) -> None:
+    summary = "the same train as a Ray job of a cluster, followed from here"
+    command = commands.add_parser(
+        "submit", help=summary, description=f"{summary}. Ctrl-C leaves the job running. Exit status: the job's."
+    )
+    _add_recipe(command, nargs="?")
+    command.add_argument("--address", help="dashboard of the cluster, http://HEAD:8265 (or $RAY_API_SERVER_ADDRESS)")
+    command.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token; or $RAY_AUTH_TOKEN")
+    command.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="give the job this variable, as HF_TOKEN; repeatable"
+    )
+    command.add_argument("--detach", action="store_true", help="don't follow the job's log")
+    actions = command.add_mutually_exclusive_group()
+    for action, what in (
+        ("logs", "follow the newest job of a run"),
+        ("status", "what became of a run's jobs"),
+        ("stop", "end a run's job, with a checkpoint"),
+        ("resume", "submit a run's last recipe again"),
+    ):
+        actions.add_argument(f"--{action}", metavar="RUN", help=what)
+    command.set_defaults(run=_submit)
+
+
+def _add_doctor(commands: Any) -> None:
+    summary = "what this machine or cluster has and lacks"
+    command = commands.add_parser("doctor", help=summary, description=summary)
+    _add_recipe(command, nargs="?")
+    command.add_argument("--address", help="of a Ray cluster to look at: HEAD:6379, or http://HEAD:8265 from outside")
+    command.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token of a dashboard")
+    command.add_argument("--output-dir", help="folder that every node should see and write (default: the recipe's)")
+    command.set_defaults(run=_doctor)
+
+
+def _add_recipe(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    command.add_argument(
+        "recipe", nargs=nargs, help=f"a YAML file, or a packaged recipe: {', '.join(packaged_recipes())}"
+    )
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the recipe")
 
 
 def _add_mine(commands: Any) -> None:
@@ -98,28 +171,82 @@ def _add_mine(commands: Any) -> None:
     command.set_defaults(run=_mine)
 
 
+def _add_cluster(commands: Any) -> None:
+    command = commands.add_parser("cluster", help="manifests for Kubernetes, Slurm, AWS and Google Cloud")
+    render = command.add_subparsers(metavar="COMMAND", required=True).add_parser(
+        "render", help="write the manifest that runs a recipe", description="Write the manifest that runs a recipe."
+    )
+    targets = ("kuberay", "kuberay-cluster", "slurm", "aws", "gcp", "values")
+    render.add_argument("target", choices=targets, help="values: the values that the others take, to edit")
+    render.add_argument("recipe", nargs="?", help="a YAML file, or a packaged recipe")
+    render.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the recipe")
+    render.add_argument("--values", metavar="FILE", help="images, sizes, storage and spot; see docs/cluster.md")
+    render.add_argument("--out", type=Path, metavar="FILE", help="write there (default: standard output)")
+    render.set_defaults(run=_render)
+
+
+def _say(lines: Iterable[str]) -> None:
+    """Names of sources and the like come from data, and stay within their line."""
+    for line in lines:
+        print(printable(line).replace("\n", "\\n"))
+
+
 def _recipe(arguments: argparse.Namespace) -> RunConfig:
     return load_recipe(arguments.recipe, arguments.overrides)
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    if arguments.address:
+        if arguments.address.startswith(("http://", "https://")):
+            raise UserError(f"--address {arguments.address} is a dashboard: `gist-dist submit` sends a run there")
+        arguments.overrides = [*arguments.overrides, f"cluster.address={arguments.address}"]
     config = _recipe(arguments)
     print(f"gist_dist {__version__}: {config.name} -> {config.run_dir}", file=sys.stderr, flush=True)
-    from gist_dist.on_ray.driver import train_and_evaluate
+    from gist_dist.on_ray.driver import Stopped, train_and_evaluate
 
-    summary = train_and_evaluate(config)
-    print("\n" + "\n".join(summary.lines()))
+    try:
+        summary = train_and_evaluate(config)
+    except Stopped as stopped:
+        print(f"gist-dist: {stopped}; the same command resumes", file=sys.stderr)
+        return INTERRUPTED
+    _say(["", *summary.lines()])
     return 1 if summary.num_failed else 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     config = _recipe(arguments)
     print(f"gist_dist {__version__}: planning {config.name}", file=sys.stderr, flush=True)
+    from gist_dist.scaling import check_gpus, plan_lines
+
+    if arguments.gpus is not None:
+        check_gpus(arguments.gpus, arguments.gpu_kind)
     from gist_dist.on_ray.driver import prepare
     from gist_dist.preview import preview
 
     config = config.absolute_paths()
-    print("\n".join(preview(config, *prepare(config)).lines()))
+    planned = preview(config, *prepare(config))
+    _say(planned.lines())
+    if arguments.gpus is not None:
+        _say(plan_lines(planned, arguments.gpus, arguments.gpu_kind))
+    return 0
+
+
+def _render(arguments: argparse.Namespace) -> int:
+    from gist_dist.cluster_files import default_values, load_values, render
+
+    if arguments.target == "values":
+        text = default_values()
+    elif arguments.recipe is None:
+        raise UserError(f"cluster render {arguments.target}: name a recipe")
+    else:
+        text = render(arguments.target, _recipe(arguments), load_values(arguments.values))
+    if arguments.out is None:
+        sys.stdout.write(text)
+        return 0
+    try:
+        arguments.out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: can't be written: {error.strerror}") from None
     return 0
 
 
@@ -128,7 +255,7 @@ def _precompute(arguments: argparse.Namespace) -> int:
     print(f"gist_dist {__version__}: guide embeddings for {config.name}", file=sys.stderr, flush=True)
     from gist_dist.on_ray.driver import precompute_only
 
-    print("\n".join(precompute_only(config)))
+    _say(precompute_only(config))
     return 0
 
 
@@ -141,16 +268,15 @@ def _mine(arguments: argparse.Namespace) -> int:
     from gist_dist.on_ray.mine import mine
 
     options = {field.name: getattr(arguments, field.name) for field in fields(MineOptions)}
-    print("\n".join(mine(config, MineOptions(**options), arguments.output).lines()))
+    _say(mine(config, MineOptions(**options), arguments.output).lines())
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    evaluate = EvaluateConfig(
-        tasks=tuple(arguments.tasks),
-        local_tasks=str(Path(arguments.local_tasks).absolute()) if arguments.local_tasks else None,
-        batch_size=arguments.batch_size,
-    )
+    local_tasks = str(Path(arguments.local_tasks).absolute()) if arguments.local_tasks else None
+    options = {"tasks": arguments.tasks, "local_tasks": local_tasks, "batch_size": arguments.batch_size}
+    options |= {"task_timeout_minutes": arguments.task_timeout}
+    evaluate = parse_section(EvaluateConfig, options, "gist-dist evaluate")
     from gist_dist.on_ray.evaluation import evaluate_one_model
 
     failures = evaluate_one_model(arguments.model, evaluate, Path(arguments.output).absolute(), arguments.address)
@@ -158,17 +284,49 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.out and len(arguments.run_dirs) == 1:
+        raise UserError("--out is for a comparison; the report of one run is written in its folder")
+    if len(arguments.run_dirs) > 1:
+        from gist_dist.report.compare import compare_runs
+
+        _say(compare_runs(arguments.run_dirs, arguments.out).lines())
+        return 0
     from gist_dist.report import build_report
 
-    print("\n".join(build_report(arguments.run_dir.absolute()).lines()))
+    _say(build_report(arguments.run_dirs[0].absolute()).lines())
     return 0
 
 
+def _submit(arguments: argparse.Namespace) -> int:
+    action = next((a for a in ("logs", "status", "stop", "resume") if getattr(arguments, a)), None)
+    if (action is None) == (arguments.recipe is None):
+        raise UserError("submit takes a recipe, or one of --logs, --status, --stop and --resume with a run's name")
+    config = None if action else _recipe(arguments)
+    known = [os.environ.get(name, "") for name in ADDRESS_VARIABLES]
+    address = arguments.address or next((a for a in known if a.startswith("http")), None)
+    if not address:
+        raise UserError("--address is missing: the dashboard of the cluster, such as http://HEAD:8265")
+    from gist_dist.on_ray import submit
+
+    target = submit.Target(address, arguments.token_file, tuple(arguments.env))
+    if config:
+        print(f"gist_dist {__version__}: {config.name} -> {address}", file=sys.stderr, flush=True)
+        return submit.submit(config, target, watch=not arguments.detach)
+    if action == "resume":
+        return submit.resume(arguments.resume, target, watch=not arguments.detach)
+    return getattr(submit, action)(getattr(arguments, action), target)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
+    config = _recipe(arguments) if arguments.recipe else None
+    if arguments.address and arguments.address.startswith(("http://", "https://")):
+        from gist_dist.on_ray.submit import Target, submit_doctor
+
+        return submit_doctor(config, arguments.output_dir, Target(arguments.address, arguments.token_file))
     from gist_dist.on_ray.doctor import examine
 
-    verdict = examine(arguments.address)
-    print("\n".join(verdict.lines()))
+    verdict = examine(arguments.address, config, arguments.output_dir)
+    _say(verdict.lines())
     return 0 if verdict.healthy else 1
 
 

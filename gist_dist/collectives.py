@@ -3,14 +3,21 @@
 # Axes:  r rows held here   R rows of all workers   d width
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
+
+from gist_dist.errors import UserError
+
+T = TypeVar("T")
+ANSWER_SECONDS = 20
+"""How long the others wait for rank 0 in one collective."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class World:
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
 
-def all_gather_rows(rows: Float[Tensor, "r d"], counts: Sequence[int], world: World) -> Float[Tensor, "R d"]:
+def all_gather_rows(rows: Shaped[Tensor, "r d"], counts: Sequence[int], world: World) -> Shaped[Tensor, "R d"]:
     """The rows of all workers, by rank. counts: rows of every worker, which may differ and may be 0."""
     if world.size == 1:
         return rows
@@ -62,12 +69,14 @@ def all_reduce_values(values: dict[str, Tensor], world: World) -> dict[str, floa
     return dict(zip(names, stacked.tolist(), strict=True))
 
 
-def all_reduce_max(value: float, device: torch.device, world: World) -> float:
+def all_reduce_max(values: dict[str, float], device: torch.device, world: World) -> dict[str, float]:
+    """The largest of each named number over workers; every worker has the same names."""
     if world.size == 1:
-        return value
-    largest = torch.tensor(value, dtype=torch.float64, device=device)
+        return values
+    names = sorted(values)
+    largest = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest.item()
+    return dict(zip(names, largest.tolist(), strict=True))
 
 
 def broadcast_object(value: Any, world: World) -> Any:
@@ -77,6 +86,38 @@ def broadcast_object(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def broadcast(tensor: Tensor, world: World) -> None:
+    """Rank 0's numbers, on every rank, in place. The tensor is contiguous."""
+    if world.size > 1 and tensor.numel():
+        dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=0)  # of any type
+
+
+def on_rank_0(task: Callable[[], T], world: World) -> T | None:
+    """Rank 0 does the task, for as long as it takes, while the others wait; they get None.
+
+    A UserError of it is raised on every rank, so that none goes on alone.
+    """
+    if world.size == 1:
+        return task()
+    with ThreadPoolExecutor(1, thread_name_prefix="rank-0") as pool:
+        doing = pool.submit(task) if world.rank == 0 else None
+        done, complaint = False, None
+        while not done:  # asked again and again: a collective that waits for minutes counts as hung
+            done, complaint = broadcast_object(_progress(doing) if doing else None, world)
+    if doing:
+        return doing.result()
+    if complaint is not None:
+        raise UserError(complaint)
+    return None
+
+
+def _progress(doing: Future[Any]) -> tuple[bool, str | None]:
+    """Whether it is done, and what the user is to be told. What else went wrong ends rank 0, and so its group."""
+    is_done = bool(wait([doing], ANSWER_SECONDS).done)
+    error = doing.exception() if is_done else None
+    return is_done, str(error) if isinstance(error, UserError) else None
 
 
 def barrier(world: World) -> None:

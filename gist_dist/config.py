@@ -4,15 +4,17 @@ Importing this module costs neither torch nor ray, so that a mistyped key answer
 """
 
 import difflib
+import os
 import reprlib
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gist_dist.errors import UserError
+from gist_dist.plain_yaml import MAX_CHARACTERS, load_plain
+from gist_dist.redact import redact_address
 
 ROLES = ("anchor", "positive", "negatives")
 
@@ -20,8 +22,43 @@ SHORT = reprlib.Repr()  # a few kilobytes of YAML aliases can stand for gigabyte
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
 
 
+LARGEST = 10**12
+"""Of any number in a recipe. What is larger is a slip, and would be counted up to."""
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Bytes that file systems take."""
+LONGEST_SOURCE_NAME = 200
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> "Section":
+        for name, value in self:
+            if isinstance(value, int | float) and abs(value) > LARGEST:
+                raise ValueError(f"{name} = {SHORT.repr(value)}: at most {LARGEST:.0e}")
+        return self
+
+
+def _usable_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("a path has no NUL character")
+    if "://" in path:
+        return path
+    if len(os.fsencode(path)) > LONGEST_PATH or any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/")):
+        raise ValueError(f"a path has at most {LONGEST_PATH} bytes, and {LONGEST_NAME} between two slashes")
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no user {path.split('/')[0]} with a home folder") from None
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_usable_path)]
+"""A path that can be asked for, or a URI."""
+
+
+Kind = TypeVar("Kind", bound=Section)
 
 
 class RolePrompts(Section):
@@ -35,7 +72,7 @@ class RolePrompts(Section):
 class StudentConfig(Section):
     """The model that is trained."""
 
-    model: str = Field(min_length=1)
+    model: PathText = Field(min_length=1)
     """Hub id or folder of a SentenceTransformer (or of a plain transformers encoder: mean pooling is added)."""
     revision: str | None = None
     """Hub revision."""
@@ -66,7 +103,7 @@ class StudentConfig(Section):
 class GuideConfig(Section):
     """The frozen model that tells false negatives."""
 
-    model: str | None = Field(None, min_length=1)
+    model: Annotated[PathText, Field(min_length=1)] | None = None
     """Hub id or folder of a SentenceTransformer. Left out in mode self; with refresh, null starts from the student."""
     revision: str | None = None
     """Hub revision."""
@@ -81,7 +118,7 @@ class GuideConfig(Section):
     before training, and steps read that. self: the student's own embeddings of the step serve as the guide's."""
     refresh: int | None = Field(None, ge=1)
     """After every so many steps the guide becomes a frozen copy of the student as it then is; null: never."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where guide embeddings are kept, one folder for each guide; a path or URI that all nodes reach. By default
     output_dir/guide_cache."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
@@ -161,9 +198,9 @@ class Triplets(Section):
 class SourceConfig(Section):
     """One data set of training rows."""
 
-    path: str = Field(min_length=1)
+    path: PathText = Field(min_length=1)
     """A file or folder of parquet, jsonl, csv or arrow, a glob, a URI (s3://, gs://, hf://…), or a Hub dataset id."""
-    name: str | None = None
+    name: str | None = Field(None, max_length=LONGEST_SOURCE_NAME)
     """Shown in the plan and the report; by default the last part of the path."""
     subset: str | None = None
     """Configuration of a Hub dataset."""
@@ -174,10 +211,12 @@ class SourceConfig(Section):
     """Revision of a Hub dataset."""
     columns: Columns = Columns()
     prompts: SourcePrompts = SourcePrompts()
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, ge=1e-6, le=1e6)
     """How often an epoch takes each row: 2 takes all rows twice, 0.5 a fresh random half of them."""
     max_rows: int | None = Field(None, ge=1)
     """Only the first so many rows are read."""
+    license: str | None = Field(None, max_length=100)
+    """Of the data, for the model card: an identifier such as cc-by-4.0. null: a Hub dataset's own card is asked."""
     filters: Filters = Filters()
     split_by: str | None = None
     """A column whose every value makes a source of its own, as task_name in MEDI; each with this weight."""
@@ -188,13 +227,15 @@ class SourceConfig(Section):
     def label(self) -> str:
         if self.name:
             return self.name
-        last = self.path.rstrip("/").rsplit("/", 1)[-1]
-        return last.split(".")[0] if not set("*?[") & set(last) else last
+        path = redact_address(self.path)
+        path = path.split("?")[0] if "://" in path else path
+        last = path.rstrip("/").rsplit("/", 1)[-1][:LONGEST_SOURCE_NAME]
+        return last.split(".")[0] or last if not set("*?[") & set(last) else last
 
 
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...]
-    root: str | None = None
+    root: PathText | None = None
     """Folder that relative source paths start from; by default the current one. If it is set, no path is a Hub id."""
     mixing: Literal["homogeneous", "mixed"] = "homogeneous"
     """homogeneous: a batch holds rows of one source; only what is left of each, less than a batch, is mixed.
@@ -204,10 +245,10 @@ class DataConfig(Section):
     raises the small sources; an epoch stays as long, and no row comes again before all of its source came."""
     unusable_rows: Literal["drop", "error"] = "drop"
     """Rows with an empty, missing or non-text anchor, positive or negative: drop counts and names them, error stops."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where prepared corpora are kept, one folder for each content; a path or URI (s3://, gs://, hdfs://) that all
     nodes reach. By default output_dir/corpora."""
-    local_copy: str | None = None
+    local_copy: PathText | None = None
     """Folder on each node's own disk that workers copy the corpus and guide cache to before they read them. null: read
     in place, or a folder for temporary files where the place is a URI."""
 
@@ -262,6 +303,11 @@ class OptimConfig(Section):
     """Number of optimizer steps; null: epochs count."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the data; 1 if steps is null too."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """At a loss or gradient that is not finite. stop: the run ends, names the step and its rows and keeps the state
+    before it. skip: the step leaves the weights as they are, its rows are named, and training goes on."""
+    max_skipped: int = Field(10, ge=1)
+    """With skip: how many steps of a run may be skipped; one more stops it."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "OptimConfig":
@@ -274,7 +320,12 @@ class CheckpointConfig(Section):
     every_steps: int | None = Field(100, ge=1)
     """A resumable checkpoint after so many steps, and always after the last; null: only after the last."""
     keep: int = Field(2, ge=1)
-    """How many checkpoints stay on disk."""
+    """How many checkpoints stay; older ones are removed once a new one is complete."""
+    dir: Annotated[PathText, Field(min_length=1)] | None = None
+    """Folder or URI (s3://, gs://, …) below which checkpoints are kept, in a folder of the run's name. null:
+    checkpoints in the run's own folder."""
+    retry_seconds: float = Field(300.0, ge=0)
+    """How long storage that fails is tried again before training goes on without that checkpoint."""
 
 
 class EvaluateConfig(Section):
@@ -284,12 +335,14 @@ class EvaluateConfig(Section):
     """Also run them on the untrained student."""
     guide: bool = False
     """Also run them on the guide."""
-    local_tasks: str | None = None
+    local_tasks: PathText | None = None
     """Folder of task folders read instead of the Hub: MTEB tasks under their names, and your own sets."""
     every_steps: int | None = Field(None, ge=1)
     """Not offered yet; must be null."""
     batch_size: int = Field(64, ge=1)
     """Texts encoded at once."""
+    task_timeout_minutes: float | None = Field(1440, gt=0)
+    """A task that takes longer is ended and reported as failed, the others go on; null: no limit."""
 
     @model_validator(mode="after")
     def _during_training(self) -> "EvaluateConfig":
@@ -298,24 +351,69 @@ class EvaluateConfig(Section):
         return self
 
 
+def _check_num_workers(value: Any) -> Any:
+    bounds = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if not all(type(bound) is int and bound >= 1 for bound in bounds) or list(bounds) != sorted(bounds):
+        raise ValueError(f"{SHORT.repr(value)} is neither a number of workers, at least 1, nor [fewest, most]")
+    return value
+
+
+def _with_plain_variables(runtime_env: dict[str, Any]) -> dict[str, Any]:
+    variables = runtime_env.get("env_vars", {})
+    if not isinstance(variables, dict) or not all(isinstance(value, str) for value in variables.values()):
+        raise ValueError("env_vars are names with texts; put numbers in quotes")
+    return runtime_env
+
+
 class ClusterConfig(Section):
-    num_workers: int = Field(1, ge=1)
-    """Training processes."""
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_check_num_workers)] = 1
+    """Training processes; or [fewest, most], and the run shrinks when a node goes and grows when one comes. The global
+    batch, and so the curve, stays the same."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """null: one where the cluster has GPUs, none elsewhere."""
     cpus_per_worker: float | None = Field(None, gt=0)
     """Cores reserved for a worker, and its compute threads on CPU. null: one, or a half where cores are too few."""
     address: str | None = None
     """Of a running Ray cluster; null takes $RAY_ADDRESS, or else starts a local Ray and stops it at the end."""
-    runtime_env: dict[str, Any] = {}
+    runtime_env: Annotated[dict[str, Any], AfterValidator(_with_plain_variables)] = {}
     """Ray runtime environment of the workers."""
     max_failures: int = Field(3, ge=0)
-    """How often the workers are started again after one was lost."""
+    """How often in a row the workers are started again without getting further than before."""
+    hang_timeout_s: float = Field(300.0, ge=5)
+    """Seconds after which a step that makes no progress counts as hung and its workers are started again; at least
+    five times the longest step so far."""
+    wait_minutes: float = Field(30.0, ge=0)
+    """How long a run waits for nodes when too few are left; then it ends, and the same command resumes it."""
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+
+class HubConfig(Section):
+    """The model on the Hugging Face Hub, and what its card says beyond what the run knows. The token is HF_TOKEN, or
+    that of `hf auth login`; a recipe holds none."""
+
+    repo_id: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
+    """OWNER/NAME that the finished model and its card are pushed to; null: nowhere."""
+    private: bool = True
+    """The repository is created private, and one that is public is refused; false: public."""
+    license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=50)
+    """Of the model, as the Hub writes it: apache-2.0, cc-by-nc-4.0, ...; null: the card says that it is not stated."""
+    language: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")], ...], BeforeValidator(_as_list)
+    ] = ()
+    """ISO 639 codes: en, or [en, de]."""
 
 
 class TrackingConfig(Section):
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events (needs the tensorboard package)."""
+    hub: HubConfig = HubConfig()
 
 
 class RunConfig(Section):
@@ -324,7 +422,7 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """The run is kept under output_dir/name; letters, digits, '.', '_' and '-'."""
     seed: int = Field(0, ge=0, lt=2**32)
-    output_dir: str = "runs"
+    output_dir: PathText = "runs"
     student: StudentConfig
     guide: GuideConfig | None = None
     data: DataConfig
@@ -378,15 +476,44 @@ class RunConfig(Section):
         student = student.model_copy(update={"model": _absolute_model(student.model)})
         if guide and guide.model:
             guide = guide.model_copy(update={"model": _absolute_model(guide.model)})
+        checkpoint = self.checkpoint
+        if checkpoint.dir and "://" not in checkpoint.dir:
+            checkpoint = checkpoint.model_copy(update={"dir": str(Path(checkpoint.dir).expanduser().absolute())})
         output_dir = str(Path(self.output_dir).expanduser().absolute())
-        return self.model_copy(
-            update={"output_dir": output_dir, "evaluate": evaluate, "student": student, "guide": guide}
-        )
+        changed = {"evaluate": evaluate, "checkpoint": checkpoint, "student": student, "guide": guide}
+        return self.model_copy(update={"output_dir": output_dir} | changed)
 
 
 def _absolute_model(model: str) -> str:
     folder = Path(model).expanduser()
     return str(folder.absolute()) if folder.exists() else model
+
+
+# May differ when a run goes on: where and how it runs, not what it computes. The batch keys are budgets of memory.
+CHANGEABLE = {
+    "output_dir": True,
+    "cluster": True,
+    "evaluate": True,
+    "checkpoint": True,
+    "tracking": True,
+    "guide": {"cache_dir"},
+    "data": {"cache_dir": True, "root": True, "local_copy": True, "sources": {"__all__": {"license"}}},
+    "batch": {"chunk_tokens", "activation_gb", "loss_gb"},
+    "optim": {"non_finite", "max_skipped"},
+}
+
+
+def computed_values(config: RunConfig) -> dict[str, Any]:
+    """The values that decide what a run computes, as dotted keys."""
+    return dict(_flat(config.model_dump(mode="json", exclude=CHANGEABLE)))
+
+
+def _flat(tree: Any, prefix: str = "") -> Any:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, tree
 
 
 def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -396,9 +523,9 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
     """
     text, origin = _read_recipe(recipe)
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        tree = load_plain(text)
+    except ValueError as error:
+        raise UserError(f"{origin}: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: a recipe is a mapping of sections; found {type(tree).__name__}")
     for override in overrides:
@@ -408,8 +535,13 @@ def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
 
 def parse_config(tree: dict[Any, Any], origin: str = "recipe") -> RunConfig:
     """Validate a tree of plain values; UserError has a line for each wrong field (of the first few)."""
+    return parse_section(RunConfig, tree, origin)
+
+
+def parse_section(section: type[Kind], tree: dict[Any, Any], origin: str) -> Kind:
+    """As parse_config, of one section."""
     try:
-        return RunConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(_explain(problem, origin) for problem in error.errors()[:5])) from None
 
@@ -421,13 +553,15 @@ def packaged_recipes() -> list[str]:
 
 
 def _read_recipe(recipe: str) -> tuple[str, str]:
-    path = Path(recipe).expanduser()
+    path = Path(recipe)
     try:
+        path = path.expanduser() if recipe.startswith("~") else path
         if path.is_file():
-            return path.read_text(encoding="utf-8"), str(recipe)
+            with path.open(encoding="utf-8") as file:
+                return file.read(MAX_CHARACTERS + 1), str(recipe)  # load_plain() refuses more
         if recipe in packaged_recipes():
             return resources.files("gist_dist.recipes").joinpath(f"{recipe}.yaml").read_text("utf-8"), recipe
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last: ~ of a user that does not exist
         raise UserError(f"{recipe}: can't be read as UTF-8 text: {error}") from None
     names = ", ".join(packaged_recipes())
     raise UserError(f"{recipe}: no such recipe file, and no packaged recipe of that name (there are: {names})")
@@ -436,10 +570,10 @@ def _read_recipe(recipe: str) -> tuple[str, str]:
 def _apply_override(tree: dict[Any, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override '{override}' is not of the form section.key=value")
+        raise UserError(f"override {SHORT.repr(override)} is not of the form section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = load_plain(text)
+    except ValueError:
         value = text
     if isinstance(value, str):
         value = _number(value)
@@ -461,13 +595,13 @@ def _child(node: Any, part: str, path: str, override: str) -> Any:
             node[part] = {}
         child = node[part]
     if not isinstance(child, dict | list):
-        raise UserError(f"override '{override}': {path} is {child!r}, which has no keys")
+        raise UserError(f"override {SHORT.repr(override)}: {path} is {SHORT.repr(child)}, which has no keys")
     return child
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise UserError(f"override '{override}': '{part}' is no index of a list of {len(node)}")
+    if not (part.isascii() and part.isdigit() and len(part) < 10) or int(part) >= len(node):
+        raise UserError(f"override {SHORT.repr(override)}: {SHORT.repr(part)} is no index of a list of {len(node)}")
     return int(part)
 
 
@@ -482,7 +616,8 @@ def _number(text: str) -> Any:
 def _explain(problem: Any, origin: str) -> str:
     path = ""
     for part in problem["loc"]:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        shown = str(part) if str(part).isidentifier() and len(str(part)) < 100 else SHORT.repr(part)
+        path += f"[{part}]" if isinstance(part, int) else f".{shown}" if path else shown
     if problem["type"] == "extra_forbidden":
         keys = _known_keys(problem["loc"][:-1])
         close = difflib.get_close_matches(str(problem["loc"][-1]), keys, n=1)

@@ -3,14 +3,19 @@
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from gist_dist import __version__
 from gist_dist.hub import go_offline_if_unreachable
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 MIN_FREE_GB = 5
 MIN_MEMORY_GB = 4
@@ -48,6 +53,19 @@ class Verdict:
         return [*lines, "", f"{summary}{f', {warnings} to look at' if warnings else ''}"]
 
 
+def describe_node(folders: Sequence[str]) -> dict[str, Any]:
+    """Versions, GPUs, gigabytes free: of memory, of /dev/shm in all, and on the disks of the folders and of /tmp."""
+    packages = ("torch", "ray", "transformers", "sentence-transformers", "datasets", "mteb", "pyarrow", "numpy")
+    versions = {"python": platform.python_version(), "gist_dist": __version__}
+    return {
+        "versions": versions | {package: installed_version(package) for package in packages},
+        "gpus": _gpus_of_driver(),
+        "memory_gb": _memory_gb()[0],
+        "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else None,
+        "disk_gb": {folder: _free_gb(folder) for folder in (*folders, tempfile.gettempdir())},
+    }
+
+
 def examine_machine(look_at_ray: Callable[[], list[Finding]]) -> Verdict:
     """Look at everything, also past failures; Ray last."""
     looks: list[tuple[str, Callable[[], list[Finding]]]] = [
@@ -75,30 +93,42 @@ def examine_machine(look_at_ray: Callable[[], list[Finding]]) -> Verdict:
 def _python() -> list[Finding]:
     from packaging.specifiers import SpecifierSet
 
-    wanted = metadata.metadata("gist-dist")["Requires-Python"]
     version = platform.python_version()
+    try:
+        wanted = metadata.metadata("gist-dist")["Requires-Python"]
+    except metadata.PackageNotFoundError:  # its code came along with a job
+        return [Finding("python", "ok", version)]
     if version in SpecifierSet(wanted):
         return [Finding("python", "ok", version)]
     return [Finding("python", "fail", version, f"gist_dist needs Python {wanted}")]
 
 
-def _packages() -> list[Finding]:
-    """Against the ranges of pyproject.toml, as they were installed with the package."""
+def required_packages() -> dict[str, "SpecifierSet"]:
+    """Name → versions, as pyproject.toml had them when the package was installed; empty where it only lies around."""
     from packaging.requirements import Requirement
 
+    try:
+        requirements = list(map(Requirement, metadata.requires("gist-dist") or []))
+    except metadata.PackageNotFoundError:
+        return {}
+    return {r.name: r.specifier for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})}
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> list[Finding]:
     findings = []
-    for requirement in map(Requirement, metadata.requires("gist-dist") or []):
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        remedy = f"pip install '{requirement}'"
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            findings.append(Finding(requirement.name, "fail", "is not installed", remedy))
-            continue
-        fits = requirement.specifier.contains(version, prereleases=True)
-        found = f"{version} ({requirement.specifier})"
-        findings.append(Finding(requirement.name, "ok" if fits else "fail", found, "" if fits else remedy))
+    for name, specifier in required_packages().items():
+        version = installed_version(name)
+        fits = version is not None and specifier.contains(version, prereleases=True)
+        found = f"{version} ({specifier})" if version else "is not installed"
+        remedy = "" if fits else f"pip install '{name}{specifier}'"
+        findings.append(Finding(name, "ok" if fits else "fail", found, remedy))
     return findings
 
 
@@ -107,11 +137,36 @@ def _processor() -> list[Finding]:
     return [Finding("processor", "ok", f"{usable} usable cores, {platform.machine()}")]
 
 
+def _memory_gb() -> tuple[float, float]:
+    """Free and total."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free, total = (int(fields[name].split()[0]) * 1024 / 1e9 for name in ("MemAvailable", "MemTotal"))
+    return free, total
+
+
+def _free_gb(folder: str) -> float:
+    """On the disk where the folder is or would be."""
+    path = Path(folder)
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free / 1e9
+
+
+def _gpus_of_driver() -> list[str]:
+    """Of all of the machine, as the driver tells: torch sees only those that a process was given."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = (line.split(", ") for line in told.splitlines() if line.count(", ") == 2)
+    return [f"{name} {float(mib) * 2**20 / 1e9:.0f} GB, driver {driver}" for name, mib, driver in rows]
+
+
 def _memory() -> list[Finding]:
     if not Path("/proc/meminfo").exists():
         return [Finding("memory", "warn", "can't be told on this system", "have a few GB free for each worker")]
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(fields[name].split()[0]) * 1024 / 1e9 for name in ("MemTotal", "MemAvailable"))
+    free, total = _memory_gb()
     remedy = "a worker with a small model takes 1 to 2 GB; end other programs" if free < MIN_MEMORY_GB else ""
     return [Finding("memory", "warn" if remedy else "ok", f"{free:.1f} GB free of {total:.1f} GB", remedy)]
 

@@ -1,5 +1,17 @@
 """The one exception whose message is an answer for the user."""
 
+from gist_dist.redact import redact_text
+
+LONGEST = 4000
+"""Characters of an answer; what is longer loses its middle."""
+
 
 class UserError(Exception):
-    """A mistake in a recipe, its data or its machine: one sentence that names the value and the remedy."""
+    """A mistake in a recipe, its data or its machine: one sentence that names the value and the remedy.
+
+    It is shown, logged and kept beside results, so it holds no secret and no book, whatever it was given.
+    """
+
+    def __init__(self, message: str) -> None:
+        told = redact_text(message)
+        super().__init__(told if len(told) <= LONGEST else f"{told[: LONGEST // 2]} … {told[-LONGEST // 2 :]}")

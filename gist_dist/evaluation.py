@@ -1,19 +1,12 @@
-"""MTEB scores of one model: registered tasks, from the Hub or a local folder, and a user's own sets.
+"""MTEB scores of one model: one task evaluated and kept, and what was kept read back.
 
-Everything that is scored is an MTEB task run by ``mteb.evaluate``, so every score is MTEB's own. A folder
-``local_tasks/<Name>`` is read instead of the Hub if Name is registered; otherwise it is an evaluation set of
-the user's (evaluation_sets.py).
+Everything that is scored is an MTEB task run by ``mteb.evaluate``, so every score is MTEB's own. Which task a name
+stands for is in evaluation_tasks.py.
 """
 
-import contextlib
-import difflib
 import hashlib
 import json
-import math
-import os
-import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -21,17 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from gist_dist.config import EvaluateConfig
 from gist_dist.errors import UserError
-from gist_dist.evaluation_sets import check_column, listed, one_line, own_task
+from gist_dist.evaluation_sets import one_line
+from gist_dist.evaluation_tasks import content_hash, data_revision, import_mteb, load_task, local_folder
 from gist_dist.files import write_atomically
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
-
-SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
-ID, TEXT = ("_id", "id", "doc_id", "docid"), ("text",)
-QUERY_ID, QUERY = ("_id", "id", "query-id", "query_id", "qid"), ("text", "query", "question")
-QRELS_QUERY, QRELS_DOCUMENT = ("query-id", "query_id", "qid"), ("corpus-id", "corpus_id", "doc_id", "docid")
-RELEVANCE = ("score", "relevance", "label")
 
 
 @dataclass(frozen=True)
@@ -49,9 +37,6 @@ class Score:
     """Time that data loading and evaluation took."""
 
 
-# --------------------------------------------------------------------------------------------- one evaluation
-
-
 def evaluate_task(
     model: str | Path,
     task: str,
@@ -65,14 +50,17 @@ def evaluate_task(
     """Score a model (SentenceTransformer folder or Hub id) on one task; the result is folder/<task>.json.
 
     prompts: put over the model's own, by MTEB's names ("query", "document", a task's name or type). A result
-    of the same model content, prompts and local data is left as it is. UserError for an unusable task.
+    of the same model content, prompts and local data is left as it is; any other is removed before the evaluation
+    begins, so that one that fails or is killed leaves none. UserError for an unusable task or data that can't be had.
     """
     folder = Path(folder)
+    file = folder / f"{task}.json"
     identity = model_identity(model, revision, prompts)
     if finished_score(folder, task, evaluate, identity) is not None:
-        return folder / f"{task}.json"
+        return file
+    file.unlink(missing_ok=True)
 
-    mteb = _import_mteb()
+    import_mteb()
     import torch
     from mteb.models import SentenceTransformerEncoderWrapper
     from sentence_transformers import SentenceTransformer
@@ -82,36 +70,79 @@ def evaluate_task(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     encoder = SentenceTransformer(str(model), device=device, **options)
     encoder.prompts.update(prompts or {})
-    with warnings.catch_warnings():
-        # Of MTEB about its libraries and its own older tasks; what concerns the user is in its log as well.
-        warnings.simplefilter("ignore")
-        wrapped = SentenceTransformerEncoderWrapper(encoder)
-        outcome = mteb.evaluate(
-            wrapped,
-            mteb_task,
+    try:
+        with warnings.catch_warnings():
+            # Of MTEB about its libraries and its own older tasks; what concerns the user is in its log as well.
+            warnings.simplefilter("ignore")
+            wrapped = SentenceTransformerEncoderWrapper(encoder)
+            result = _mteb_result(wrapped, mteb_task, evaluate)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{task}: the GPU ran out of memory; lower evaluate.batch_size = {evaluate.batch_size}"
+        ) from error
+
+    meta = mteb_task.metadata
+    details = json.dumps({"kind": meta.type, "metric": meta.main_score, "model": identity}, indent=2)
+    card = json.dumps(_model_meta(wrapped, prompts), default=str, indent=4)
+    write_atomically(folder / "model_meta.json", lambda aside: aside.write_text(card))
+    write_atomically(_details_file(folder, task), lambda aside: aside.write_text(details))
+    write_atomically(file, result.to_disk)  # last: what is there counts
+    return file
+
+
+def _mteb_result(model: Any, task: "AbsTask", evaluate: EvaluateConfig) -> Any:
+    """All splits and subsets, or an error: MTEB keeps nothing of a task that raises half way without a cache."""
+    try:
+        outcome = import_mteb().evaluate(
+            model,
+            task,
             cache=None,
             co2_tracker=False,
             show_progress_bar=False,
             encode_kwargs={"batch_size": evaluate.batch_size, "show_progress_bar": False},
         )
+    except UserError:
+        raise
+    except Exception as error:
+        if getattr(task, "data_loaded", True):
+            raise
+        raise UserError(_no_data(task, evaluate, error)) from error
     if not outcome.task_results:
         # MTEB reports data of private tasks that can't be had instead of raising.
-        raise UserError(f"{task}: {one_line(outcome.exceptions[0].exception)}")
+        raise UserError(_no_data(task, evaluate, outcome.exceptions[0].exception))
     (result,) = outcome.task_results
+    return result
 
-    meta = mteb_task.metadata
-    details = json.dumps({"kind": meta.type, "metric": meta.main_score, "model": identity}, indent=2)
-    card = json.dumps(wrapped.mteb_model_meta.to_dict(), default=str, indent=4)
-    write_atomically(folder / "model_meta.json", lambda file: file.write_text(card))
-    write_atomically(_details_file(folder, task), lambda file: file.write_text(details))
-    write_atomically(folder / f"{task}.json", result.to_disk)
-    return folder / f"{task}.json"
+
+def _no_data(task: "AbsTask", evaluate: EvaluateConfig, error: object) -> str:
+    name, folder = task.metadata.name, evaluate.local_tasks
+    if local := local_folder(name, folder):
+        remedy = f"repair {local}"
+    elif folder is not None:
+        remedy = f"put them into {Path(folder) / name}, or make the Hub reachable"
+    else:
+        remedy = f"make the Hub reachable, or set evaluate.local_tasks to a folder that has {name}"
+    return f"{name}: its data can't be had ({one_line(error)}); {remedy}"
+
+
+def _model_meta(wrapped: Any, prompts: dict[str, str] | None) -> dict[str, Any]:
+    """MTEB's metadata of the model, with what it leaves open and the model itself tells."""
+    parameters = list(wrapped.model.parameters())
+    known = {
+        "n_parameters": sum(p.numel() for p in parameters),
+        "memory_usage_mb": round(sum(p.numel() * p.element_size() for p in parameters) / 2**20),
+        "use_instructions": any((prompts or wrapped.model.prompts or {}).values()),
+    }
+    return wrapped.mteb_model_meta.to_dict() | known
 
 
 def read_results(folder: Path) -> dict[str, Score]:
     """All results below a folder that evaluate_task wrote to, or MTEB itself; {} if there is none."""
-    files = sorted(f for f in Path(folder).glob("*.json") if f.name != "model_meta.json")
-    return {score.task: score for score in map(read_result, files)}
+    return {score.task: score for score in map(read_result, result_files(folder))}
+
+
+def result_files(folder: Path) -> list[Path]:
+    return sorted(f for f in Path(folder).glob("*.json") if f.name != "model_meta.json")
 
 
 def read_result(file: Path) -> Score:
@@ -139,10 +170,10 @@ def finished_score(folder: Path, task: str, evaluate: EvaluateConfig, identity: 
         score = read_result(folder / f"{task}.json")
         details = json.loads(_details_file(folder, task).read_text(encoding="utf-8"))
         revision = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))["dataset_revision"]
+        local = local_folder(task, evaluate.local_tasks)
+        same_data = local is None or revision == data_revision(local)
     except (UserError, OSError, ValueError, KeyError):
         return None
-    local = _local_folder(task, evaluate.local_tasks)
-    same_data = local is None or revision == _revision(local)
     return score if same_data and score.task == task and details.get("model") == identity else None
 
 
@@ -152,223 +183,6 @@ def model_identity(model: str | Path, revision: str | None = None, prompts: dict
     return hashlib.sha256(json.dumps([content, prompts or {}], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def content_hash(folder: Path, skip: str | None = None) -> str:
-    """SHA-256 over names and contents of a folder's files, without hidden ones (a download's leftovers)."""
-    digest = hashlib.sha256()
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != skip):
-        name = file.relative_to(folder)
-        if not any(part.startswith(".") for part in name.parts):
-            digest.update(f"{name.as_posix()}\0{file.stat().st_size}\0".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-    return digest.hexdigest()
-
-
 def _details_file(folder: Path, task: str) -> Path:
     # Beside, not in, MTEB's result: that file stays exactly as MTEB writes it.
     return folder / "details" / f"{task}.json"
-
-
-# ------------------------------------------------------------------------------------------------------ tasks
-
-
-def check_tasks(evaluate: EvaluateConfig) -> None:
-    """Find out, without network, what would stop an evaluation: unknown tasks, missing or wrong local files.
-
-    Raises UserError that names the task, or the file and column.
-    """
-    if not evaluate.tasks:
-        return
-    if evaluate.local_tasks is not None and not Path(evaluate.local_tasks).expanduser().is_dir():
-        raise UserError(f"evaluate.local_tasks: no folder '{evaluate.local_tasks}'; create it or set null")
-    for name in evaluate.tasks:
-        folder = _local_folder(name, evaluate.local_tasks)
-        task = load_task(name, evaluate.local_tasks)
-        if task.metadata.modalities != ["text"]:
-            needed = " and ".join(task.metadata.modalities)
-            raise UserError(f"evaluate.tasks: {name} is about {needed}; only tasks on text can be evaluated")
-        if folder is not None and name in _registry():
-            _check_registered(task, folder)
-        elif folder is not None:
-            task.load_data()
-
-
-def load_task(name: str, local_tasks: str | None) -> "AbsTask":
-    """The MTEB task of that name; its data are read when it is evaluated. UserError if there is none."""
-    folder = _local_folder(name, local_tasks)
-    if name in _registry():
-        return _import_mteb().get_task(name) if folder is None else _registered_task(name, folder)
-    if folder is None:
-        raise UserError(_unknown_task(name, local_tasks))
-    return own_task(name, folder, _revision(folder))
-
-
-def estimated_characters(name: str, local_tasks: str | None) -> float:
-    """Rough amount of text that a task encodes, to start the longest first; infinite if nobody knows."""
-    registered, folder = _registry().get(name), _local_folder(name, local_tasks)
-    statistics = (registered.metadata.descriptive_stats if registered else None) or {}
-    characters = sum(split.get("number_of_characters") or 0 for split in statistics.values())
-    on_disk = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder else 0
-    return float(characters or on_disk or math.inf)
-
-
-def _registry() -> dict[str, Any]:
-    _import_mteb()
-    from mteb.get_tasks import TASK_LIST
-
-    return {task.metadata.name: task for task in TASK_LIST}
-
-
-def _import_mteb() -> Any:
-    """mteb, which wants to create its cache folder when imported, also where the home folder is read-only."""
-    default = Path.home() / ".cache" / "mteb"
-    if "MTEB_CACHE" not in os.environ and (folder := _writable(default, "mteb")) != default:
-        os.environ["MTEB_CACHE"] = str(folder)
-    import mteb
-
-    return mteb
-
-
-def _writable(folder: Path, otherwise: str) -> Path:
-    """The folder, created; or, where that is not allowed, one in the system's temporary folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass
-    if not os.access(folder, os.W_OK):
-        folder = Path(tempfile.gettempdir()) / f"gist_dist-{os.getuid()}" / otherwise
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _local_folder(name: str, local_tasks: str | None) -> Path | None:
-    if local_tasks is None or Path(name).name != name:
-        return None
-    folder = Path(local_tasks).expanduser().absolute() / name
-    return folder if folder.is_dir() else None
-
-
-def _unknown_task(name: str, local_tasks: str | None) -> str:
-    names = list(_registry())
-    where = "MTEB has no task of that name"
-    if local_tasks is not None:
-        names += [f.name for f in Path(local_tasks).expanduser().iterdir() if f.is_dir()]
-        where += f", and '{local_tasks}' no such folder"
-    by_lower_case = {n.lower(): n for n in names}
-    close = [by_lower_case[n] for n in difflib.get_close_matches(name.lower(), by_lower_case, n=3)]
-    return f"evaluate.tasks: '{name}': {where}" + (f"; did you mean {' or '.join(close)}?" if close else "")
-
-
-def _revision(folder: Path) -> str:
-    return f"local-{content_hash(folder)[:16]}"
-
-
-# -------------------------------------------------------------------------- registered tasks on local folders
-
-
-def _registered_task(name: str, folder: Path) -> "AbsTask":
-    """MTEB's own task class with another dataset path; its loader, transforms and scores stay MTEB's.
-
-    Of a multilingual task the subsets that the folder holds are run.
-    """
-    import datasets
-
-    base = _registry()[name]
-    if hasattr(base.metadata, "tasks"):
-        parts = ", ".join(part.metadata.name for part in base.metadata.tasks[:3])
-        raise UserError(f"{folder}: {name} is the mean of other tasks; give each a folder ({parts}, ...)")
-    dataset = {**base.metadata.dataset, "path": str(folder), "revision": _revision(folder)}
-
-    def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
-        with _fresh_datasets_cache(self.metadata.revision):
-            base.load_data(self, *args, **kwargs)
-
-    # The metadata belong to the class: MTEB drops those of an instance when it unloads a task.
-    attributes = {"metadata": base.metadata.model_copy(update={"dataset": dataset}), "load_data": load_data}
-    task = type(base.__name__, (base,), {**attributes, "__module__": base.__module__})()
-    if task.metadata.is_multilingual and _standard_loader(base):
-        try:
-            held = datasets.get_dataset_config_names(str(folder))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: {one_line(error)}") from None
-        task.hf_subsets = [s for s in task.hf_subsets if s in held or f"{s}-corpus" in held]
-        if not task.hf_subsets:
-            wanted = ", ".join(base.metadata.hf_subsets)
-            raise UserError(f"{folder}: has none of {name}'s subsets {wanted} (has: {', '.join(held)})")
-    return task
-
-
-def _standard_loader(task: type) -> bool:
-    from mteb.abstasks import AbsTask, AbsTaskRetrieval
-
-    return task.load_data in (AbsTask.load_data, AbsTaskRetrieval.load_data) and not task.fast_loading
-
-
-@contextlib.contextmanager
-def _fresh_datasets_cache(revision: str) -> Iterator[None]:
-    """Let `datasets` cache below a folder named by content.
-
-    It keys a local folder by its last name and its files' names, and so would serve what lay there before.
-    """
-    import datasets
-
-    usual = datasets.config.HF_DATASETS_CACHE
-    cache = _writable(Path(usual) / "gist_dist" / revision, f"datasets/{revision}")
-    datasets.config.HF_DATASETS_CACHE = cache
-    try:
-        yield
-    finally:
-        datasets.config.HF_DATASETS_CACHE = usual
-
-
-def _check_registered(task: "AbsTask", folder: Path) -> None:
-    """Files, splits and, where the task reads them as they are, columns."""
-    import datasets
-    from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval
-
-    if not _standard_loader(type(task).__mro__[1]):
-        return
-    splits = [*task.eval_splits, *([task.train_split] if isinstance(task, AbsTaskClassification) else [])]
-    with _fresh_datasets_cache(task.metadata.revision):
-        for configs, columns in _expected_data(task):
-            try:
-                held = datasets.get_dataset_config_names(str(folder))
-                config = next((c for c in configs if c in held), None)
-                if config is None:
-                    raise UserError(f"{folder}: no '{configs[0]}' data (has: {listed(held)})")
-                files = datasets.load_dataset_builder(str(folder), config).config.data_files
-            except (OSError, ValueError) as error:
-                raise UserError(f"{folder}: {one_line(error)}") from None
-            # MTEB's retrieval loader takes a data set's only split, whatever its name.
-            only_split = isinstance(task, AbsTaskRetrieval) and len(files) == 1
-            if missing := [] if only_split else [split for split in splits if split not in files]:
-                raise UserError(f"{folder}: '{config}' has no split '{missing[0]}' (has: {listed(files)})")
-            for split in files:
-                for names in columns:
-                    check_column(Path(files[split][0]), names)
-
-
-def _expected_data(task: "AbsTask") -> list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
-    """Of each data set that the task loads the names it may have, and those each of its columns may have."""
-    from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval
-    from mteb.abstasks.sts import AbsTaskSTS
-
-    if isinstance(task, AbsTaskRetrieval):
-        expected = []
-        for subset in task.hf_subsets:
-            prefix = "" if subset == "default" else f"{subset}-"
-            qrels = (f"{prefix}qrels",) if prefix else ("default", "qrels")
-            expected += [
-                ((f"{prefix}corpus",), (("_id", "id"), ("text",))),
-                ((f"{prefix}queries", "query"), (("_id", "id"), ("text",))),
-                (qrels, (("query-id",), ("corpus-id",), ("score",))),
-            ]
-        return expected
-    columns: tuple[tuple[str, ...], ...] = ()
-    own_columns = "dataset_transform" not in vars(type(task).__mro__[1])
-    if isinstance(task, AbsTaskSTS) and own_columns:
-        columns = tuple((str(c),) for c in (*task.column_names, "score"))
-    if isinstance(task, AbsTaskClassification) and own_columns and isinstance(task.input_column_name, str):
-        columns = ((task.input_column_name,), (task.label_column_name,))
-    return [((subset,), columns) for subset in task.hf_subsets]

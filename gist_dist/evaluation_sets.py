@@ -19,8 +19,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gist_dist.config import SHORT
 from gist_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ QUERY_TEXT = ("text", "query", "question")
 QRELS_QUERY = ("query-id", "query_id", "qid")
 QRELS_DOCUMENT = ("corpus-id", "corpus_id", "doc_id", "docid")
 RELEVANCE = ("score", "relevance", "label")
+UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 
 def own_task(name: str, folder: Path, revision: str) -> "AbsTask":
@@ -108,9 +111,7 @@ def _read_classification(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder}: no {split}.*; classification learns train.* and is scored on test.*")
         splits[split] = _read(files, {"text": ("text",), "label": ("label",)})
         _check_texts(splits[split]["text"], files[0], "text")
-        if None in splits[split]["label"]:
-            row = splits[split]["label"].index(None) + 1
-            raise UserError(f"{files[0]}: row {row}: column 'label' is empty")
+        _check_labels(splits[split]["label"], files[0])
     labels = sorted(set(splits["train"]["label"]), key=lambda label: (isinstance(label, str), label))
     if unknown := set(splits["test"]["label"]) - set(labels):
         raise UserError(f"{folder}: test.* has labels that train.* lacks: {listed(unknown)}")
@@ -138,6 +139,7 @@ def _read_retrieval(folder: Path) -> dict[str, Any]:
         data["id"] = _identifiers(data["id"], files[part][0])
         _check_texts(data["text"], files[part][0], "text")
     corpus["title"] = [title or "" for title in corpus["title"]]
+    _check_texts(corpus["title"], files["corpus"][0], "title")
     documents = set(corpus["id"])
     data = {
         "corpus": Dataset.from_dict(corpus),
@@ -201,7 +203,7 @@ def _part_files(folder: Path, part: str) -> list[Path]:
 def _named_files(folder: Path, name: str) -> list[Path]:
     """NAME.csv or NAME-<anything>.csv."""
     named = (f for f in folder.glob(f"{name}*") if f.stem == name or f.stem.startswith(f"{name}-"))
-    files = sorted(f for f in named if f.suffix in SUFFIXES)
+    files = sorted(f for f in named if f.suffix in SUFFIXES and f.is_file())
     if len({f.suffix for f in files}) > 1:
         raise UserError(f"{folder}: both {files[0].name} and {files[-1].name}; keep one")
     return files
@@ -249,7 +251,7 @@ def _read_file(file: Path) -> dict[str, list[Any]]:
                     raise UserError(f"{file}: line {reader.line_num} has {fields}")
                 records.append(record)
         return {name: [record[i] for record in records] for i, name in enumerate(header)}
-    except (OSError, ValueError, csv.Error) as error:
+    except (*UNREADABLE, RecursionError, OverflowError, csv.Error) as error:  # JSON without end, dates Python has not
         raise UserError(f"{file}: can't be read: {one_line(error)}") from None
 
 
@@ -258,7 +260,7 @@ def _column_names(file: Path) -> list[str]:
         return list(_read_file(file))
     try:
         return pq.read_schema(file).names
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{file}: can't be read: {one_line(error)}") from None
 
 
@@ -272,7 +274,16 @@ def check_column(file: Path, alternatives: tuple[str, ...]) -> None:
 def _check_texts(values: list[Any], file: Path, column: str) -> None:
     for row, value in enumerate(values, 1):
         if not isinstance(value, str):
-            raise UserError(f"{file}: row {row}: column '{column}' is {value!r}, not a text")
+            raise UserError(f"{file}: row {row}: column '{column}' is {SHORT.repr(value)}, not a text")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise UserError(f"{file}: row {row}: column '{column}' has a lone surrogate, which is no character")
+
+
+def _check_labels(values: list[Any], file: Path) -> None:
+    for row, value in enumerate(values, 1):
+        if value is None or not isinstance(value, str | int | float) or value != value:
+            found = "empty" if value is None else f"{SHORT.repr(value)}, not a word or number"
+            raise UserError(f"{file}: row {row}: column 'label' is {found}")
 
 
 def _numbers(values: list[Any], file: Path, column: str) -> list[float]:
@@ -280,10 +291,10 @@ def _numbers(values: list[Any], file: Path, column: str) -> list[float]:
     for row, value in enumerate(values, 1):
         try:
             numbers.append(float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             numbers.append(math.nan)
         if not math.isfinite(numbers[-1]):
-            raise UserError(f"{file}: row {row}: column '{column}' is {value!r}, not a number")
+            raise UserError(f"{file}: row {row}: column '{column}' is {SHORT.repr(value)}, not a number")
     return numbers
 
 
@@ -293,7 +304,7 @@ def _identifiers(values: list[Any], file: Path) -> list[str]:
         if value in (None, ""):
             raise UserError(f"{file}: row {row}: the id is empty")
         if str(value) in seen:
-            raise UserError(f"{file}: row {row}: id {value!r} is there twice")
+            raise UserError(f"{file}: row {row}: id {SHORT.repr(value)} is there twice")
         seen.add(str(value))
     return [str(value) for value in values]
 

@@ -1,5 +1,7 @@
 """Files that are whole or not there."""
 
+import hashlib
+import json
 import os
 import uuid
 from collections.abc import Callable
@@ -18,3 +20,24 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sealed(tree: dict[str, Any]) -> bytes:
+    """JSON with the SHA-256 of what it says: a damaged or edited one is not taken for what was written."""
+    return json.dumps(tree | {"sha256": _digest(tree)}, indent=1).encode()
+
+
+def unsealed(content: bytes) -> dict[str, Any]:
+    """What sealed() was given, as JSON tells it. ValueError for anything else."""
+    try:
+        tree = json.loads(content)
+        digest = tree.pop("sha256")
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        raise ValueError("it is not the JSON that was written") from None
+    if digest != _digest(tree):
+        raise ValueError("its checksum is wrong")
+    return tree
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -141,12 +141,14 @@ def second_pass(
     encode: Encode,
     embeddings: dict[int, Float[Tensor, "t d"]],
     gradients: dict[int, Float[Tensor, "t d"]],
-    sums: GradientSums,
+    sums: GradientSums | None = None,
 ) -> None:
-    """Add to ``sums`` what the embeddings' gradients amount to; consumes ``embeddings``."""
+    """Add to ``sums``, or without to the parameters' .grad, what the embeddings' gradients amount to; consumes
+    ``embeddings``."""
     for chunk in list(embeddings):
         embedding = embeddings.pop(chunk)
         if not embedding.requires_grad:
             embedding = encode(chunk)
         embedding.backward(gradients[chunk].to(embedding.dtype))
-        sums.take()
+        if sums:
+            sums.take()

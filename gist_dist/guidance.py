@@ -1,16 +1,15 @@
 """What the guide is at every step: a model in the step, embeddings from the cache, or a frozen copy of the student."""
 
-import shutil
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
+from gist_dist.checkpoint import model_tensors
 from gist_dist.collectives import barrier
 from gist_dist.data.plan import BatchPlan, plan_batch
 from gist_dist.data.sampler import Sampler
-from gist_dist.encoder import Guide, save_model
+from gist_dist.encoder import Guide
 from gist_dist.errors import UserError
 from gist_dist.guide_cache import GuideCache, fill, guide_fingerprint
 from gist_dist.step import Trainee
@@ -25,9 +24,9 @@ class Guidance:
 
     def __init__(self, trainee: Trainee, sampler: Sampler, cache: GuideCache | None) -> None:
         self.trainee, self.sampler, self.config = trainee, sampler, trainee.config
-        self.folder = self.config.run_dir / "guides"
         self.refresh = self.config.guide.refresh if self.config.guide else None
         self.cache = cache
+        self._copy: dict[str, Tensor] = {}
         if cache is not None:
             self._locate(trainee.corpus.texts_in_use)
 
@@ -42,41 +41,32 @@ class Guidance:
     def changes_after(self, step: int) -> bool:
         return self.refresh is not None and step % self.refresh == 0 and step < self.sampler.num_steps
 
-    def resume(self, done: int) -> None:
-        """Take up the guide of the step after `done`."""
-        if self.refresh is None or done < self.refresh or done >= self.sampler.num_steps:
-            return
-        folder = self._folder(done // self.refresh * self.refresh)
-        if not folder.is_dir():
-            raise UserError(f"{folder} is missing: the guide of step {done + 1}; start the run over under another name")
-        student = self.trainee.student
-        update = {"model": str(folder), "revision": None, "max_tokens": student.model.max_seq_length}
-        self._adopt(Guide(self.config.guide.model_copy(update=update), student.device), done)
+    def is_renewed_by(self, step: int) -> bool:
+        """Whether the step after this one is guided by a copy of the student."""
+        return self.refresh is not None and self.refresh <= step < self.sampler.num_steps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Of the student's copy that now guides: what a checkpoint keeps of it. Empty before the first renewal."""
+        return self._copy
+
+    def resume(self, done: int, tensors: dict[str, Tensor]) -> None:
+        """Take up the guide of the step after `done`, on every worker."""
+        if self.is_renewed_by(done):
+            guide = Guide.copy_of(self.trainee.student, self.config.guide)
+            for name, tensor in model_tensors(guide.model).items():
+                tensor.copy_(tensors[name])
+            self._adopt(guide, done)
 
     def renew(self, step: int) -> None:
-        """The student of this step becomes the guide, on every worker; rank 0 keeps a copy for a resumed run."""
-        student, world = self.trainee.student, self.trainee.world
-        if world.rank == 0:
-            self.folder.mkdir(exist_ok=True)
-            save_model(student, self._folder(step))
-        barrier(world)
-        self._adopt(Guide.copy_of(student, self.config.guide), step)
-
-    def collect(self, checkpoints: Iterable[int]) -> None:
-        """Remove the copies that no step after one of these checkpoints is guided by."""
-        if self.refresh is None or not self.folder.is_dir():
-            return
-        needed = {self._folder(step // self.refresh * self.refresh) for step in checkpoints}
-        for folder in set(self.folder.glob("step-*")) - needed:
-            shutil.rmtree(folder)
-
-    def _folder(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        """The student of this step becomes the guide, on every worker."""
+        self._adopt(Guide.copy_of(self.trainee.student, self.config.guide), step)
 
     def _adopt(self, guide: Guide, done: int) -> None:
+        is_first, tensors = not self._copy, model_tensors(guide.model)
         if self.config.guide.mode == "online":
-            self.trainee.guide = guide
+            self.trainee.guide, self._copy = guide, tensors
             return
+        self._copy = {name: tensor.cpu() for name, tensor in tensors.items()}
         config, world, corpus = self.config, self.trainee.world, self.trainee.corpus
         cache = GuideCache(config.guide_cache_dir, guide_fingerprint(guide), guide.width, config.data.local_copy)
         texts = self._texts_until_renewal(done)
@@ -95,7 +85,7 @@ class Guidance:
         outdated, self.cache = self.cache, cache
         self._locate(texts)
         barrier(world)
-        if world.rank == 0 and done > self.refresh and outdated is not None:  # the first one is the recipe's guide
+        if world.rank == 0 and not is_first and outdated.place != cache.place:  # the first one is the recipe's guide
             outdated.remove()
 
     def _texts_until_renewal(self, done: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Whether the Hugging Face Hub can be asked."""
 
 import functools
+import http.client
 import os
 import sys
 import urllib.error
@@ -20,7 +21,7 @@ def go_offline_if_unreachable(timeout_s: float = 5) -> bool:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout_s).close()
     except urllib.error.HTTPError:
         return False  # it answered
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):  # the last: what answers there speaks no HTTP
         os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that this one starts
         for module in ("huggingface_hub.constants", "datasets.config"):
             if module in sys.modules:

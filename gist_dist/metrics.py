@@ -1,9 +1,14 @@
 """metrics.jsonl: a line a step, written by rank 0."""
 
 import json
+import logging
+import math
+import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -12,37 +17,78 @@ import torch
 from gist_dist.data.accounts import repeated_texts
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan
+from gist_dist.errors import UserError
 from gist_dist.files import write_atomically
 from gist_dist.loss import PARTS
 from gist_dist.step import StepResult
 
+logger = logging.getLogger(__name__)
+
 
 class MetricsFile:
-    """Appends lines; a resumed run first drops those of the steps that it will do again."""
+    """Appends lines; a resumed run first drops those of the steps that it will do again.
+
+    A disk that is full for a while costs no line: what can't be written is kept and written with the next one.
+    """
 
     def __init__(self, path: Path, resume_after: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_after]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        text = "".join(_as_text(line) for line in kept)
         write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
-        self._file = open(path, "a", encoding="utf-8")
+        self.path = path
+        self._file = open(path, "ab", buffering=0)
+        self._unwritten = b""
+        self._lock = Lock()
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        was_behind = bool(self._unwritten)
+        with self._lock:
+            self._unwritten += _as_text(line).encode()
+        try:
+            self._catch_up()
+        except OSError as error:
+            if not was_behind:
+                logger.warning("%s can't be written (%s); its lines are kept and written later", self.path, error)
+
+    def sync(self) -> None:
+        """Have all lines on the disk itself, unless it is full; from any thread."""
+        with suppress(OSError, ValueError):  # write() has told of the one; the other means closed, with all lines
+            self._catch_up()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """UserError for lines that can't be written."""
+        if self._file.closed:
+            return
+        with self._file:
+            try:
+                self._catch_up()
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: its last lines can't be written: {error}; free space, and the same command goes on"
+                ) from error
+
+    def _catch_up(self) -> None:
+        with self._lock:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines; a line torn by a kill is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
+
+
+def _as_text(line: dict[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
 
 
 def metrics_line(
@@ -55,15 +101,17 @@ def metrics_line(
     steps_per_epoch: int,
     peak_memory: float,
 ) -> dict[str, Any]:
+    """Numbers that are not finite are null; "skipped" then says which made the step change nothing."""
     counts, rows = result.counts, len(plan.rows)
     candidates = {part: counts.get(f"candidates_{part}", 0.0) for part in PARTS}
     masked = {part: counts.get(f"masked_{part}", 0.0) for part in PARTS}
     sources = np.bincount(corpus.source[plan.rows], minlength=len(corpus.source_names)).tolist()
-    return {
+    line = {
         "step": plan.step,
         "epoch": plan.step / steps_per_epoch,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
+        "skipped": result.non_finite,
         "learning_rate": learning_rate,
         "world_size": world_size,
         "rows": rows,
@@ -82,6 +130,7 @@ def metrics_line(
         | {"step": round(step_seconds, 6)},
         "peak_memory_bytes": int(peak_memory),
     }
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in line.items()}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,13 +1,15 @@
 """model/README.md: what a stranger on the Hub has to know about the model, in the form that the Hub reads."""
 
 import json
-import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
+
+from gist_dist.card_metadata import licence_on_hub, metadata_yaml, on_hub
 from gist_dist.errors import UserError
 from gist_dist.files import write_atomically
-from gist_dist.report import Run, TaskRow, judge, read_run
+from gist_dist.report import Run, judge, read_run
 
 CITATION = """\
 @article{solatorio2024gistembed,
@@ -16,8 +18,19 @@ CITATION = """\
     journal = {arXiv preprint arXiv:2402.16829},
     year = {2024},
     url = {https://arxiv.org/abs/2402.16829},
+}
+@inproceedings{reimers-2019-sentence-bert,
+    title = {Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks},
+    author = {Reimers, Nils and Gurevych, Iryna},
+    booktitle = {Proceedings of the 2019 Conference on Empirical Methods in Natural Language Processing},
+    month = {11},
+    year = {2019},
+    publisher = {Association for Computational Linguistics},
+    url = {https://arxiv.org/abs/1908.10084},
 }"""
-DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow")
+RECIPE_SECTIONS = ("seed", "student", "guide", "data", "batch", "loss", "optim")
+POOLING = {"mean": "(tokens * mask).sum(1) / mask.sum(1)", "cls": "tokens[:, 0]"}
+NOT_STATED = "not stated"
 
 
 def write_model_card(run_dir: Path) -> None:
@@ -29,65 +42,52 @@ def write_model_card(run_dir: Path) -> None:
     run = read_run(run_dir)
     if not (run.folder / "model").is_dir():
         raise UserError(f"{run.folder}: there is no model/ to write a card for; finish the run first")
-    sections = (_introduction, _usage, _training, _evaluation, _limitations, _citation)
-    body = "\n\n".join(section(run) for section in sections)
-    card = f"---\n{_metadata(run)}\n---\n\n{body}\n"
+    model = _read_model(run.folder / "model")
+    sections = [
+        _introduction(run),
+        _details(run, model),
+        _usage(run, model),
+        _training(run),
+        _evaluation(run),
+        _limitations(run),
+        _versions(run),
+        f"## Citation\n\n```bibtex\n{CITATION}\n```",
+    ]
+    card = f"---\n{metadata_yaml(run)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
     write_atomically(run.folder / "model" / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
 
 
-def _metadata(run: Run) -> str:
-    from huggingface_hub import ModelCardData
+class Model(NamedTuple):
+    """What the files of a SentenceTransformer folder tell without loading it."""
 
-    results = [_eval_result(run, row) for row in run.tasks if row.after is not None]
-    tags = [
-        "sentence-transformers",
-        "feature-extraction",
-        "sentence-similarity",
-        "gist_dist",
-        *["mteb"] * bool(results),
-    ]
-    student = run.config["student"]["model"]
-    datasets = [source["path"] for source in run.config["data"]["sources"] if _on_hub(source["path"], run)]
-    return ModelCardData(
-        model_name=run.name,
-        library_name="sentence-transformers",
-        pipeline_tag="sentence-similarity",
-        base_model=student if _on_hub(student) else None,
-        datasets=list(dict.fromkeys(datasets)) or None,
-        tags=tags,
-        eval_results=results or None,
-    ).to_yaml()
+    modules: tuple[str, ...]
+    """Class names: Transformer, Pooling, Normalize, ..."""
+    pooling: str | None
+    width: int | None
+    max_tokens: int | None
 
 
-def _eval_result(run: Run, row: TaskRow) -> Any:
-    from huggingface_hub import EvalResult
-
-    result = json.loads((run.folder / "mteb" / "trained" / f"{row.task}.json").read_text(encoding="utf-8"))
-    splits = list(result["scores"])
-    # The data of a local folder has no revision on the Hub.
-    revision = result.get("dataset_revision") or ""
-    return EvalResult(
-        task_type=row.type,
-        dataset_type=_mteb_dataset(row.task),
-        dataset_name=f"MTEB {row.task}",
-        dataset_split=splits[0] if len(splits) == 1 else None,
-        dataset_revision=revision if re.fullmatch("[0-9a-f]{40}", revision) else None,
-        metric_type=row.metric,
-        metric_value=row.after,
+def _read_model(folder: Path) -> Model:
+    modules = _json(folder / "modules.json", [])
+    types = tuple(module["type"].rsplit(".", 1)[-1] for module in modules)
+    pooled = [folder / module["path"] / "config.json" for module in modules if module["type"].endswith("Pooling")]
+    pooling = _json(pooled[0], {}) if pooled else {}
+    return Model(
+        types,
+        pooling.get("pooling_mode"),
+        pooling.get("embedding_dimension"),
+        _json(folder / "tokenizer_config.json", {}).get("model_max_length"),
     )
 
 
-def _mteb_dataset(task: str) -> str:
-    """Hub id of an MTEB task's data; the task's name where it is none of MTEB's (a user's own set)."""
-    from mteb.get_tasks import TASK_LIST
-
-    paths = (known.metadata.dataset["path"] for known in TASK_LIST if known.metadata.name == task)
-    return next(paths, task)
+def _json(file: Path, missing: Any) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else missing
 
 
 def _introduction(run: Run) -> str:
-    student, guide = run.config["student"]["model"], (run.config.get("guide") or {}).get("model")
-    how = f"under the guidance of {_name(guide)} (GISTEmbed)" if guide else "with InfoNCE (no guide)"
+    student, guide = run.config["student"]["model"], run.section("guide").get("model")
+    how = f"under the guidance of {_name(guide)} (GISTEmbed)" if guide else "with GISTEmbed's contrastive loss"
+    how = how if run.section("guide") else "with InfoNCE (no guide)"
     return (
         f"# {_escape(run.name)}\n\nA [sentence-transformers](https://www.sbert.net) model that embeds "
         f"texts for semantic similarity, search, clustering. It was fine-tuned from {_name(student)} {how} "
@@ -95,44 +95,119 @@ def _introduction(run: Run) -> str:
     )
 
 
-def _usage(run: Run) -> str:
-    prompts = run.config["student"].get("prompts") or {}
-    said = "".join(
-        f"\n\nIn training, every {role} began with `{_escape(text)}`." for role, text in prompts.items() if text
-    )
+def _details(run: Run, model: Model) -> str:
+    hub, student = _hub(run), run.config["student"]["model"]
+    base = _name(student)
+    if on_hub(student):
+        base += f" (licence: {_escape(licence_on_hub(student, 'model') or NOT_STATED)})"
+    facts = {
+        "Base model": base,
+        "Maximum length": f"{model.max_tokens} tokens" if model.max_tokens else None,
+        "Embedding": f"{model.width} numbers" if model.width else None,
+        "Similarity": "cosine",
+        "Modules": " → ".join(model.modules) + (f" (pooling: {model.pooling})" if model.pooling else ""),
+        "Language": ", ".join(hub.get("language") or ()) or NOT_STATED,
+        "Licence": hub.get("license") or f"{NOT_STATED}; those of the base model and of the training data apply",
+    }
+    return "## Model\n\n" + "\n".join(f"- **{name}:** {value}" for name, value in facts.items() if value)
+
+
+def _usage(run: Run, model: Model) -> str:
+    name = _hub(run).get("repo_id") or "path/or/hub-id/of/this/model"
+    prompts = {role: text for role, text in (run.config["student"].get("prompts") or {}).items() if text}
+    encode = """embeddings = model.encode(["How do I bake bread?", "A recipe for a simple loaf"])
+print(model.similarity(embeddings, embeddings))"""
+    if prompts:  # they are kept in the model, as those of queries and documents
+        encode = """queries = model.encode_query(["How do I bake bread?"])
+documents = model.encode_document(["A recipe for a simple loaf"])
+print(model.similarity(queries, documents))"""
+    quoted = {role: _escape(json.dumps(text, ensure_ascii=False)) for role, text in prompts.items()}
+    said = "".join(f"\n\nIn training, every {role} began with `{text}`." for role, text in quoted.items())
     return f"""\
 ## Usage
 
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("path/or/hub-id/of/this/model")
-embeddings = model.encode(["How do I bake bread?", "A recipe for a simple loaf"])
-print(model.similarity(embeddings, embeddings))
-```{said}"""
+model = SentenceTransformer("{name}")
+{encode}
+```{said}{_usage_of_transformers(name, model)}"""
+
+
+def _usage_of_transformers(name: str, model: Model) -> str:
+    """Of a model whose embedding is a pooled last hidden state; others need their own modules."""
+    plain = model.modules[:2] == ("Transformer", "Pooling") and not set(model.modules[2:]) - {"Normalize"}
+    if not plain or model.pooling not in POOLING:
+        return ""
+    return f"""
+
+Without sentence-transformers, and with prompts put before the texts by hand:
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")
+texts = ["How do I bake bread?", "A recipe for a simple loaf"]
+batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    tokens = model(**batch).last_hidden_state
+mask = batch["attention_mask"].unsqueeze(-1)
+embeddings = torch.nn.functional.normalize({POOLING[model.pooling]}, dim=1)
+```"""
 
 
 def _training(run: Run) -> str:
     config, sources = run.config, run.data.get("sources") or []
-    loss, optim = config.get("loss") or {}, config.get("optim") or {}
+    loss, optim = run.section("loss"), run.section("optim")
     steps = run.metrics[-1]["step"] if run.metrics else 0
     planned = run.data.get("steps") or steps
+    guide = run.section("guide")
     facts = {
         "Student": _name(config["student"]["model"]),
-        "Guide": _name(config["guide"]["model"]) if config.get("guide") else "none",
+        "Guide": _name(guide["model"]) if guide.get("model") else "the student itself" if guide else "none",
         "Temperature": loss.get("temperature"),
-        "Margin": f"{loss.get('margin')} ({loss.get('margin_kind', 'absolute')})" if config.get("guide") else None,
-        "Global batch": f"{(config.get('batch') or {}).get('global_size')} rows",
+        "Margin": f"{loss.get('margin')} ({loss.get('margin_kind', 'absolute')})" if guide else None,
+        "Global batch": f"{run.section('batch').get('global_size')} rows",
         "Steps": f"{steps:,}" if steps >= planned else f"{steps:,} of {planned:,} (unfinished)",
         "Learning rate": f"{optim.get('learning_rate')}, {optim.get('schedule', 'linear')} schedule",
         "Seed": config.get("seed"),
     }
     table = _table(["", ""], [[name, str(value)] for name, value in facts.items() if value is not None])
-    if not sources:
-        return f"## Training\n\n{table}"
-    origin = {s["path"]: _name(s["path"]) if _on_hub(s["path"], run) else "local files" for s in sources}
-    rows = [[_escape(s["name"]), origin[s["path"]], f"{s['rows_used']:,}"] for s in sources]
-    return f"## Training\n\n{table}\n\n### Data\n\n{_table(['source', 'from', 'rows'], rows)}"
+    parts = [f"## Training\n\n{table}"]
+    if sources:
+        columns = ["source", "from", "licence", "rows"]
+        parts.append(f"### Data\n\n{_table(columns, [_source_row(run, source) for source in sources])}")
+    recipe = yaml.safe_dump(_published_recipe(run), sort_keys=False, allow_unicode=True).replace("`", "'")
+    parts.append(f"<details><summary>Recipe</summary>\n\n```yaml\n{recipe}```\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _source_row(run: Run, source: dict[str, Any]) -> list[str]:
+    """Its licence is what the recipe says, or the Hub's card of the data; nothing is guessed."""
+    path, number = source["path"], source.get("recipe_source")
+    recipes = run.config["data"]["sources"]
+    recipe = recipes[number] if number is not None else next((s for s in recipes if s["path"] == path), {})
+    hub = on_hub(path, run)
+    licence = recipe.get("license") or (licence_on_hub(path, "dataset") if hub else None) or NOT_STATED
+    return [
+        _escape(source["name"]),
+        _name(path) if hub else "local files",
+        _escape(licence),
+        f"{source['rows_used']:,}",
+    ]
+
+
+def _published_recipe(run: Run) -> dict[str, Any]:
+    """The sections that decide what was computed, with paths of this machine cut to their last names."""
+    recipe = {name: run.config[name] for name in RECIPE_SECTIONS if run.config.get(name) is not None}
+    data = {key: value for key, value in recipe["data"].items() if key not in ("root", "cache_dir", "local_copy")}
+    data["sources"] = [s | {"path": s["path"] if on_hub(s["path"], run) else _last(s["path"])} for s in data["sources"]]
+    for name in ("student", "guide"):
+        if model := recipe.get(name, {}).get("model"):
+            model = {"model": model if on_hub(model) else _last(model)}
+            recipe[name] = {key: value for key, value in recipe[name].items() if key != "cache_dir"} | model
+    return recipe | {"data": data}
 
 
 def _evaluation(run: Run) -> str:
@@ -140,9 +215,11 @@ def _evaluation(run: Run) -> str:
         return "## Evaluation\n\nThis model has not been evaluated on MTEB."
     verdict = judge(run.tasks)
     columns = ["before", "after", "change", *["guide"] * any(row.guide is not None for row in run.tasks)]
-    rows = [[_escape(row.task), row.type, row.metric, *_numbers(vars(row), columns)] for row in run.tasks]
+    rows = [
+        [_escape(row.task), _escape(row.type), _escape(row.metric), *_numbers(vars(row), columns)] for row in run.tasks
+    ]
     rows += [[f"**Mean of {verdict['overall']['num_tasks']}**", "", "", *_numbers(verdict["overall"], columns)]]
-    local = (run.config.get("evaluate") or {}).get("local_tasks")
+    local = run.section("evaluate").get("local_tasks")
     note = " The tasks' data was read from a local folder." if local else ""
     table = _table(["task", "type", "main score", *columns], rows)
     legend = f"MTEB main scores × 100; *before* is the student without this training.{note}"
@@ -161,8 +238,14 @@ def _limitations(run: Run) -> str:
     return "## Limitations\n\n" + "\n".join(lines)
 
 
-def _citation(run: Run) -> str:
-    return f"## Citation\n\n```bibtex\n{CITATION}\n```"
+def _versions(run: Run) -> str:
+    packages = ("gist_dist", "sentence_transformers", "transformers", "torch", "mteb", "python")
+    lines = [f"- {name}: {_escape(run.environment[name])}" for name in packages if run.environment.get(name)]
+    return "## Versions\n\n" + "\n".join(lines) if lines else ""
+
+
+def _hub(run: Run) -> dict[str, Any]:
+    return run.section("tracking").get("hub") or {}
 
 
 def _numbers(row: dict[str, Any], columns: list[str]) -> list[str]:
@@ -176,14 +259,11 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _name(model_or_data: str) -> str:
-    return f"`{_escape(model_or_data if _on_hub(model_or_data) else Path(model_or_data).name)}`"
+    return f"`{_escape(model_or_data if on_hub(model_or_data) else _last(model_or_data))}`"
 
 
-def _on_hub(path: str, run: Run | None = None) -> bool:
-    """Whether it reads as a Hub id: OWNER/NAME or NAME, and no file or folder of this machine."""
-    root = Path((run.config["data"].get("root") if run else None) or ".").expanduser()
-    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) and not path.endswith(DATA_SUFFIXES)
-    return bool(looks) and not (root / path).exists()
+def _last(path: str) -> str:
+    return Path(path.split("?")[0]).name or "local"
 
 
 def _escape(text: str) -> str:

@@ -1,8 +1,10 @@
-"""A run's curves: as PNG files, and as SVG in the colours of the page, light or dark."""
+"""Curves of one run or of several: as PNG files, and as SVG in the colours of the page, light or dark."""
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
@@ -12,8 +14,11 @@ BLOCKS = {"ap": "anchor–positive", "aa": "anchor–anchor", "pp": "positive–
 """Blocks of candidates (see loss.py) in words."""
 MAX_POINTS = 400
 """A curve is drawn with at most so many points; longer ones are averaged in equal bins of steps."""
-COLORS = {"--ink": "#23211e", "--muted": "#77736b", "--rule": "#dcd8cf"}
-LINES = {"--c0": "#8b877e", "--c1": "#2c5f8d", "--c2": "#bf6a22", "--c3": "#3f7f5f", "--c4": "#84548f"}
+COLORS = {"--ink": "#23211e", "--muted": "#77736b", "--rule": "#dcd8cf", "--down": "#b03a2c"}
+LINES = {
+    "--c0": "#8b877e", "--c1": "#2c5f8d", "--c2": "#bf6a22", "--c3": "#3f7f5f", "--c4": "#84548f",
+    "--c5": "#a8323e", "--c6": "#8a7a1f", "--c7": "#2a8a96", "--c8": "#6b4a34",
+}  # fmt: skip
 """CSS variable of the page -> colour of the PNG."""
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -57,11 +62,15 @@ class Curves:
     section: str
     """Of the page."""
     lines: dict[str, str]
-    """Key of metrics.jsonl -> label."""
+    """Key of metrics.jsonl -> label. Of several runs the first is drawn, one line a run."""
     scale: float = 1.0
     smooth: bool = False
     """Draw a running mean over a faint curve."""
     from_zero: bool = True
+    if_it_changes: bool = False
+    """Not drawn where every value is the same."""
+    in_steps: bool = False
+    """Drawn as what it is until it changes."""
 
 
 CURVES = (
@@ -74,23 +83,37 @@ CURVES = (
         "masking",
         {"masked_fraction": "all"} | {f"masked_fraction_{block}": f"{block[0]}–{block[1]}" for block in BLOCKS},
         scale=100.0,
+        smooth=True,
     ),
     Curves(
         "rows_without_negatives",
         "Rows of a batch without a negative",
         "masking",
         {"rows_without_negatives": "rows"},
+        if_it_changes=True,
     ),
     Curves(
         "positive_similarity",
         "Cosine of anchor and positive, mean",
         "masking",
         {"positive_similarity": "student", "guide_positive_similarity": "guide"},
+        smooth=True,
         from_zero=False,
     ),
     Curves("pairs_per_second", "Pairs per second", "speed", {"pairs_per_second": "pairs/s"}, smooth=True),
     Curves("peak_memory", "Peak memory of a worker, GB", "speed", {"peak_memory_bytes": "GB"}, scale=1e-9),
+    Curves("workers", "Workers", "speed", {"world_size": "workers"}, if_it_changes=True, in_steps=True),
 )
+OVERLAID = {"masked_fraction": "Masked candidates, %", "positive_similarity": "Cosine of anchor and positive (student)"}
+"""Titles for several runs, where they are other than for one."""
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    color: str
+    xs: list[float]
+    ys: list[float]
 
 
 def write_plots(
@@ -108,7 +131,7 @@ def write_plots(
 
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        drawn = [(spec.name, spec.title, spec.section, _draw_curves(spec, metrics, max_grad_norm)) for spec in CURVES]
+        drawn = [(spec.name, spec.title, spec.section, _curves_of_run(spec, metrics, max_grad_norm)) for spec in CURVES]
         drawn.append(("phases", "Share of the step, %", "speed", _draw_phases(seconds)))
         drawn.append(("tasks", "MTEB main score: before (open), after (filled)", "tasks", _draw_tasks(tasks)))
         plots = []
@@ -116,7 +139,7 @@ def write_plots(
             if figure is None:
                 (folder / f"{name}.png").unlink(missing_ok=True)
                 continue
-            plots.append(Plot(name, title, section, _svg(figure, name)))
+            plots.append(Plot(name, title, section, _svg(figure, name, title)))
             if section != "tasks":
                 figure.subplots_adjust(top=0.81)
             figure.suptitle(title, fontsize=9, x=0.02, ha="left")
@@ -124,37 +147,85 @@ def write_plots(
     return plots
 
 
-def _draw_curves(spec: Curves, metrics: list[dict[str, Any]], max_grad_norm: float | None) -> Any:
+def overlay_plots(runs: list[list[dict[str, Any]]], over_rows: bool) -> list[Plot]:
+    """Every curve with a line a run, in the colours c1, c2, … of the page, which has the legend.
+
+    runs: the metrics of each; over_rows: against the rows seen so far instead of the steps, for unequal batches.
+    """
+    import matplotlib
+
+    plots = []
+    with matplotlib.rc_context(STYLE):
+        for spec in CURVES:
+            key = next(iter(spec.lines))
+            places = [_rows_seen(metrics) if over_rows else None for metrics in runs]
+            points = [_points(m, key, spec.scale, at) for m, at in zip(runs, places, strict=True)]
+            lines = [Line("", color, *p) for color, p in zip(list(LINES.values())[1:], points, strict=False) if p[0]]
+            figure = _draw_lines(spec, lines, "rows seen" if over_rows else "step")
+            if figure is not None:
+                title = OVERLAID.get(spec.name, spec.title)
+                plots.append(Plot(spec.name, title, spec.section, _svg(figure, f"overlaid-{spec.name}", title)))
+    return plots
+
+
+def _curves_of_run(spec: Curves, metrics: list[dict[str, Any]], max_grad_norm: float | None) -> Any:
     """A matplotlib Figure; None when no line has a value."""
-    lines = {label: _points(metrics, key, spec.scale) for key, label in spec.lines.items()}
-    drawn = {label: points for label, points in lines.items() if points[0]}
-    if not drawn:
-        return None
-    figure, axes = _figure()
     # The colour of a line stays its own when others have nothing to draw.
-    colors = dict(zip(lines, list(LINES.values())[0 if len(lines) > 2 else 1 :], strict=False))
-    for label, (steps, values) in drawn.items():
-        smoothed = _running_mean(values) if spec.smooth else values
-        if smoothed is not values:
-            axes.plot(steps, values, color=colors[label], linewidth=0.6, alpha=0.35)
-        marker = "o" if len(steps) < 3 else None
-        axes.plot(steps, smoothed, color=colors[label], linewidth=1.4, label=label, marker=marker, markersize=3)
-    if spec.from_zero and min(min(values) for _, values in drawn.values()) >= 0:
-        axes.set_ylim(bottom=0)
+    colors = list(LINES.values())[0 if len(spec.lines) > 2 else 1 :]
+    lines = [
+        Line(label, color, *_points(metrics, key, spec.scale))
+        for (key, label), color in zip(spec.lines.items(), colors, strict=False)
+    ]
+    figure = _draw_lines(spec, [line for line in lines if line.xs], "step")
+    if figure is None:
+        return None
+    axes = figure.axes[0]
     if spec.name == "grad_norm" and max_grad_norm:
         axes.axhline(max_grad_norm, color=COLORS["--muted"], linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    if spec.section == "training":
+        lost = [row["step"] for row in metrics if spec.name in row and not _is_finite(row[spec.name])]
+        transform = axes.get_xaxis_transform()
+        axes.plot(lost, [0.03] * len(lost), "x", color=COLORS["--down"], markersize=4, transform=transform)
+    return figure
+
+
+def _draw_lines(spec: Curves, lines: list[Line], xlabel: str) -> Any:
+    if not lines or (spec.if_it_changes and len({y for line in lines for y in line.ys}) == 1):
+        return None
+    figure, axes = _figure()
+    for line in lines:
+        smoothed = _running_mean(line.ys) if spec.smooth else line.ys
+        if smoothed is not line.ys:
+            axes.plot(line.xs, line.ys, color=line.color, linewidth=0.6, alpha=0.35 if len(lines) == 1 else 0.2)
+        marker, drawn = "o" if len(line.xs) < 3 else None, "steps-post" if spec.in_steps else "default"
+        axes.plot(
+            line.xs, smoothed, color=line.color, linewidth=1.4, label=line.label, marker=marker, markersize=3,
+            drawstyle=drawn,
+        )  # fmt: skip
+    if spec.from_zero and min(min(line.ys) for line in lines) >= 0:
+        axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
     axes.yaxis.get_offset_text().set_color(COLORS["--muted"])
-    axes.set_xlabel("step")
-    if len(drawn) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), handlelength=1.2, borderaxespad=0)
+    if max(line.xs[-1] for line in lines) >= 10_000:
+        axes.xaxis.set_major_formatter(lambda value, _: _short_count(value))
+    axes.set_xlabel(xlabel)
+    if len(lines) > 1 and lines[0].label:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(lines), handlelength=1.2, borderaxespad=0)
     return figure
+
+
+def _short_count(value: float) -> str:
+    """Such as 250k or 1.5M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
 
 
 def _draw_phases(seconds: dict[str, float]) -> Any:
     whole = seconds["step"]
-    shares = {phase: 100 * part / whole for phase, part in seconds.items() if phase != "step" and part}
+    shares = {phase: 100 * part / whole for phase, part in seconds.items() if phase != "step" and part and whole}
     if not shares:
         return None
     figure, axes = _figure(left=0.19, bottom=0.06)
@@ -195,17 +266,31 @@ def _figure(left: float = 0.1, bottom: float = 0.165) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(3.7, 2.4))
     axes = figure.add_subplot()
-    figure.subplots_adjust(left=left, right=0.98, bottom=bottom, top=0.91)
+    figure.subplots_adjust(left=left, right=0.96, bottom=bottom, top=0.91)
     return figure, axes
 
 
-def _points(metrics: list[dict[str, Any]], key: str, scale: float) -> tuple[list[float], list[float]]:
-    """(steps, values) in at most MAX_POINTS means of neighbouring steps; what is not finite is left out."""
-    known = [(row["step"], row.get(key)) for row in metrics]
-    known = [(step, scale * v) for step, v in known if isinstance(v, int | float) and math.isfinite(v)]
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _points(
+    metrics: list[dict[str, Any]], key: str, scale: float, places: Iterable[float] | None = None
+) -> tuple[list[float], list[float]]:
+    """(places, values) in at most MAX_POINTS means of neighbouring steps; what is not finite is left out.
+
+    places: of every step on the x axis; by default its number.
+    """
+    steps = [row["step"] for row in metrics] if places is None else places
+    known = [(x, scale * row[key]) for x, row in zip(steps, metrics, strict=True) if _is_finite(row.get(key))]
     size = math.ceil(len(known) / MAX_POINTS) or 1
     bins = [known[i : i + size] for i in range(0, len(known), size)]
-    return [fmean(step for step, _ in part) for part in bins], [fmean(value for _, value in part) for part in bins]
+    return [fmean(x for x, _ in part) for part in bins], [fmean(value for _, value in part) for part in bins]
+
+
+def _rows_seen(metrics: list[dict[str, Any]]) -> list[float]:
+    """After every step, by its number and its rows: lines of a run that are missing leave no gap."""
+    return [float(row["step"] * (row.get("rows") or 0)) for row in metrics]
 
 
 def _running_mean(values: list[float]) -> list[float]:
@@ -214,7 +299,7 @@ def _running_mean(values: list[float]) -> list[float]:
     return [fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))] if reach else values
 
 
-def _svg(figure: Any, name: str) -> str:
+def _svg(figure: Any, name: str, title: str) -> str:
     """The figure as an inline SVG element; the salt makes its ids stable, and unlike other figures'."""
     import matplotlib
 
@@ -230,4 +315,4 @@ def _svg(figure: Any, name: str) -> str:
     svg = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", svg[svg.index("<svg") :])
     for variable, color in (COLORS | LINES).items():
         svg = svg.replace(color, f"var({variable})")
-    return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)

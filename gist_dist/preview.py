@@ -90,7 +90,7 @@ class Preview:
         }
         config = self.config
         title = f"{config.name}: {self.num_steps:,} steps of {config.batch.global_size:,} rows"
-        workers = f"{_number(config.cluster.num_workers, 'worker')}, to {config.run_dir}"
+        workers = f"{_number(config.cluster.max_workers, 'worker')}, to {config.run_dir}"
         body = [line for heading, lines in sections.items() for line in ("", heading, *(f"  {line}" for line in lines))]
         return [f"{title} on {workers}", *body]
 
@@ -111,7 +111,7 @@ class Preview:
     @property
     def kept_share(self) -> float:
         """Of the chunks, those whose activations fit the budget and that are encoded once."""
-        tokens = np.mean([plan.padded_tokens for plan in self.plans]) / self.config.cluster.num_workers
+        tokens = np.mean([plan.padded_tokens for plan in self.plans]) / self.config.cluster.max_workers
         return min(1.0, self.config.batch.activation_gb * 1e9 / (tokens * self.activation_bytes_per_token))
 
     @property
@@ -120,10 +120,10 @@ class Preview:
         next one."""
         inputs, refresh = self.guide_inputs, self.config.guide.refresh
         whole = self.guide.forward_flops(inputs.num_tokens)
-        renewals = range(refresh, self.num_steps, refresh) if refresh else ()
-        return self.guide.forward_flops(inputs.missing_tokens) + sum(
-            min(whole, min(refresh, self.num_steps - step) * self.guide_flops) for step in renewals
-        )
+        renewals = (self.num_steps - 1) // refresh if refresh else 0
+        last = self.num_steps - renewals * refresh if renewals else 0
+        flops = self.guide.forward_flops(inputs.missing_tokens) + min(whole, last * self.guide_flops)
+        return flops + max(0, renewals - 1) * min(whole, refresh * self.guide_flops) if renewals else flops
 
     def _models(self) -> list[str]:
         table = [("", "parameters", "in embeddings", "width", "tokens at most", "model")]
@@ -221,7 +221,7 @@ class Preview:
         )
 
     def _batches(self) -> list[str]:
-        workers, plans = self.config.cluster.num_workers, self.plans
+        workers, plans = self.config.cluster.max_workers, self.plans
         chunks = [len(plan.student_chunks) for plan in plans]
         loads = [_loads(plan.student_chunks, workers) for plan in plans]
         idle = [1 - np.mean(load) / max(load) for load in loads]
@@ -278,7 +278,7 @@ class Preview:
         )
 
     def _cost(self) -> list[str]:
-        workers, is_online = self.config.cluster.num_workers, self.guide and self.config.guide.mode == "online"
+        workers, is_online = self.config.cluster.max_workers, self.guide and self.config.guide.mode == "online"
         student, guide = self.student_flops, self.guide_flops if is_online else 0.0
         filling = self.cache_flops if self.guide and not is_online else 0.0
         share = f"{guide / (student + guide):.0%} of that is the guide" if is_online else "there is no guide in it"

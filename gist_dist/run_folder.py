@@ -14,26 +14,16 @@ from typing import Any
 import yaml
 
 from gist_dist import __version__
-from gist_dist.config import RunConfig
+from gist_dist.config import RunConfig, computed_values
 from gist_dist.data.accounts import source_accounts
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.errors import UserError
 from gist_dist.files import write_atomically
+from gist_dist.redact import redact
 
 MIN_FREE_BYTES = 200 * 2**20
 PACKAGES = ("torch", "ray", "transformers", "sentence-transformers", "datasets", "mteb", "pyarrow", "numpy")
-
-# May differ when a run goes on: where and how it runs, not what it computes. The batch keys are budgets of memory.
-CHANGEABLE = {
-    "output_dir": True,
-    "cluster": True,
-    "evaluate": True,
-    "checkpoint": True,
-    "tracking": True,
-    "data": {"cache_dir": True, "root": True},
-    "batch": {"chunk_tokens", "activation_gb", "loss_gb"},
-}
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ class RunFolder:
         """UserError if the folder holds a run of another recipe, or can't be written."""
         found = self._read_config()
         if found is not None:
-            before, now = (_computed(recipe) for recipe in (found, self.config))
+            before, now = (redact(computed_values(recipe)) for recipe in (found, self.config))  # one was written
             for key in sorted(before.keys() | now.keys()):
                 if before.get(key) != now.get(key):
                     raise UserError(
@@ -130,7 +120,7 @@ class RunFolder:
         return yaml.safe_load(path.read_text(encoding="utf-8")).get("environment", {}) if path.exists() else {}
 
     def _write_config(self, environment: dict[str, Any]) -> None:
-        tree = self.config.model_dump(mode="json") | {"environment": environment}
+        tree = redact(self.config.model_dump(mode="json")) | {"environment": environment}
         text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         write_atomically(self.folder / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -164,19 +154,6 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}-changed" if changed else commit
-
-
-def _computed(config: RunConfig) -> dict[str, Any]:
-    """The values that decide what a run computes, as dotted keys."""
-    return dict(_flat(config.model_dump(mode="json", exclude=CHANGEABLE)))
-
-
-def _flat(tree: Any, prefix: str = "") -> Any:
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, tree
 
 
 def _now() -> str:

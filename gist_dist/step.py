@@ -1,10 +1,11 @@
 """One training step: the flow of a global batch over all workers."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan, Chunk, deal
 from gist_dist.encoder import Guide, Padded, Student
-from gist_dist.errors import UserError
 from gist_dist.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.optim import clip_gradients
@@ -25,6 +25,15 @@ GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """batch.gather_precision, where embeddings are rounded for it; on one worker too, so that it makes no difference."""
 
 PHASES = ("encode", "guide", "gather", "loss", "scatter", "backward", "reduce", "optimizer")
+
+
+class Scored(NamedTuple):
+    """What the loss of a global batch was computed from, equal on every worker."""
+
+    batch: BatchIndex
+    student: Tensor
+    guide: Tensor | None
+    """Embeddings of all unique texts [u d], [u e]."""
 
 
 @dataclass
@@ -39,6 +48,10 @@ class StepResult:
     is_guided: bool
     seconds: dict[str, float] = field(default_factory=dict)
     """By phase, on this worker."""
+    scored: Scored | None = None
+    """Only where it was asked for, or something is not finite: it is as large as the embeddings of the batch."""
+    non_finite: Literal["loss", "gradient"] | None = None
+    """What is not finite; the optimizer has then not stepped."""
 
 
 class Trainee:
@@ -86,10 +99,13 @@ def prepare_inputs(trainee: Trainee, plan: BatchPlan) -> StepInputs:
     )
 
 
-def train_step(trainee: Trainee, plan: BatchPlan, inputs: StepInputs | None = None) -> StepResult:
+def train_step(
+    trainee: Trainee, plan: BatchPlan, inputs: StepInputs | None = None, keep_scored: bool = False
+) -> StepResult:
     """Encode, gather, score, scatter, encode again with graphs, sum, and let the optimizer step.
 
-    Every worker calls it with the same plan. inputs: of this plan, where they were prepared ahead.
+    Every worker calls it with the same plan. inputs: of this plan, where they were prepared ahead. A loss or gradient
+    that is not finite changes nothing, on any worker.
     """
     inputs = inputs or prepare_inputs(trainee, plan)
     config, world, clock = trainee.config, trainee.world, Clock(trainee.student.device)
@@ -118,16 +134,17 @@ def train_step(trainee: Trainee, plan: BatchPlan, inputs: StepInputs | None = No
         second_pass(encode, embeddings, gradients, trainee.gradients)
     with clock("reduce"):
         totals = all_reduce_values({"loss": share.loss, **share.counts}, world)  # the host waits for the device here
-        if not np.isfinite(totals["loss"]):
-            raise UserError(f"step {plan.step}: the loss is {totals['loss']}; lower optim.learning_rate or use fp32")
         if world.size > 1:  # shares already carry 1/g, so workers sum
             trainee.gradients.reduce(all_reduce_sum)
         trainee.gradients.give()
     with clock("optimizer"):
-        grad_norm = clip_gradients(trainee.student.parameters(), config.optim.max_grad_norm)
-        trainee.optimizer.step()
+        loss, norm = totals.pop("loss"), clip_gradients(trainee.student.parameters(), config.optim.max_grad_norm).item()
+        non_finite = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) else None
+        if not non_finite:
+            trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
-    return StepResult(totals.pop("loss"), grad_norm.item(), totals, guide_rows is not None, clock.seconds())
+    scored = Scored(batch, student_rows, guide_rows) if keep_scored or non_finite else None
+    return StepResult(loss, norm, totals, guide_rows is not None, clock.seconds(), scored, non_finite)
 
 
 def _guide_rows(trainee: Trainee, plan: BatchPlan, inputs: StepInputs, student_rows: Tensor) -> Tensor | None:

@@ -85,6 +85,12 @@ class Store:
         start = len(self._root.strip("/")) + 1
         return {i.path.strip("/")[start:]: FileInfo(i.size, _modified(i)) for i in files}
 
+    def folders(self) -> list[str]:
+        """Names of the folders directly below, hidden ones too, sorted."""
+        selector = pa.fs.FileSelector(self._root, allow_not_found=True)
+        found = self._filesystem.get_file_info(selector)
+        return sorted(i.base_name for i in found if i.type == pa.fs.FileType.Directory)
+
     def list(self) -> list[str]:
         """Names of all complete files, sorted."""
         return sorted(name for name in self.infos() if not any(part.startswith(".") for part in name.split("/")))
@@ -121,6 +127,17 @@ class Store:
             pa.fs.copy_files(self._path(name), aside, source_filesystem=self._filesystem, destination_filesystem=LOCAL)
 
         open_store(target.parent)._write(target.name, copy)
+
+    @contextmanager
+    def on_disk(self, name: str) -> Iterator[Path]:
+        """The file itself where the store is local, else a temporary copy on this machine."""
+        if self.local:
+            yield self.local / name
+            return
+        with self.scratch() as folder:
+            path = folder / "file"
+            self.download(name, path)
+            yield path
 
     def delete(self, name: str) -> None:
         """No error where it is gone already."""

@@ -2,11 +2,14 @@
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
-from gist_dist.checkpoint import committed, latest_intact, load_checkpoint, save_checkpoint
-from gist_dist.collectives import World, all_reduce_max, barrier, broadcast_object
+from safetensors import SafetensorError
+
+from gist_dist.collectives import World, all_reduce_max, on_rank_0
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan
@@ -15,151 +18,156 @@ from gist_dist.encoder import Guide, Student, save_model
 from gist_dist.errors import UserError
 from gist_dist.guidance import Guidance
 from gist_dist.guide_cache import GuideCache
-from gist_dist.metrics import MetricsFile, metrics_line, peak_memory_bytes
+from gist_dist.masked_examples import masking_is_shown, write_masked_examples
+from gist_dist.metrics import metrics_line, peak_memory_bytes
+from gist_dist.non_finite import tell_non_finite
+from gist_dist.observers import Observers
 from gist_dist.optim import build_optimizer, learning_rate, set_learning_rate
-from gist_dist.step import StepInputs, Trainee, prepare_inputs, train_step
+from gist_dist.resume import RunState
+from gist_dist.step import StepInputs, StepResult, Trainee, prepare_inputs, train_step
+from gist_dist.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
+REQUESTS = (None, "checkpoint", "stop")
+"""What can be wanted of a running training; of what several workers want, the last in this order is done."""
 
-def train(config: RunConfig, corpus: Corpus, student: Student, guide: Guide | GuideCache | None, world: World) -> None:
+
+def train(
+    config: RunConfig,
+    corpus: Corpus,
+    student: Student,
+    guide: Guide | GuideCache | None,
+    world: World,
+    wants: Callable[[], str | None] = lambda: None,
+    observe: Callable[[dict[str, Any]], None] | None = None,
+) -> str:
     """Train to the last step, from the newest intact checkpoint if there is one, and write run_dir/model.
 
-    guide: the model, or in mode cache what it has computed. Checkpoints are our own and not reported to Ray: a report
-    waits for the controller, and Ray's retry only has to call this function again. Raises UserError, on every worker,
-    for a run that can't go on.
+    guide: the model, or in mode cache what it has computed. wants: asked on every worker at every step; "checkpoint"
+    has one written now, once as long as it is wanted; "stop" ends the run after the step. observe: on rank 0, given
+    each line of metrics.jsonl. Gives "finished", or "stopped" where a checkpoint and no model was written. Checkpoints
+    are our own and not reported to Ray: a report waits for the controller, and Ray's retry only has to call this
+    function again. Raises UserError, on every worker, for a run that can't go on.
     """
-    run_dir = config.run_dir
     sampler = Sampler(corpus, config)
-    optimizer = build_optimizer(student.model, config.optim)
     is_cached = isinstance(guide, GuideCache)
+    optimizer = build_optimizer(student.model, config.optim)
     trainee = Trainee(config, corpus, student, None if is_cached else guide, optimizer, world)
     guidance = Guidance(trainee, sampler, guide if is_cached else None)
-    done = _resume(trainee)
-    guidance.resume(done)
-    metrics = MetricsFile(run_dir / "metrics.jsonl", resume_after=done) if world.rank == 0 else None
-    writer = _tensorboard(config) if world.rank == 0 else None
-    progress = _Progress(sampler.num_steps, done)
+    with ExitStack() as ends:
+        state = RunState(trainee, guidance)
+        ends.callback(state.close)
+        done = state.resume()
+        observers = on_rank_0(lambda: Observers(config, sampler.num_steps, done, observe), world)
+        if observers:
+            ends.callback(observers.close)
+            state.writer.before_commit = observers.metrics.sync
+        last = _train_steps(trainee, guidance, sampler, state, observers, wants, done)
+        _keep_result(trainee, state, last, sampler.num_steps)
+        on_rank_0(lambda: observers.close(), world)
+        return "finished" if last == sampler.num_steps else "stopped"
+
+
+def _train_steps(
+    trainee: Trainee,
+    guidance: Guidance,
+    sampler: Sampler,
+    state: RunState,
+    observers: Observers | None,
+    wants: Callable[[], str | None],
+    done: int,
+) -> int:
+    """All steps that are left, or those before a stop is wanted; gives the last one."""
+    config, corpus, world, device = trainee.config, trainee.corpus, trainee.world, trainee.student.device
+    every, request = config.checkpoint.every_steps, None
+    watchdog = Watchdog(config.cluster.hang_timeout_s, config.run_dir / "logs" / f"hang-{world.rank}.txt")
 
     def plan(step: int) -> tuple[BatchPlan, StepInputs]:
         batch = guidance.plan(step)
         return batch, prepare_inputs(trainee, batch)
 
     with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
-        upcoming = planner.submit(plan, done + 1)
+        upcoming = planner.submit(plan, done + 1) if done < sampler.num_steps else None
         for step in range(done + 1, sampler.num_steps + 1):
             started = time.perf_counter()
-            batch, inputs = upcoming.result()
+            with watchdog.watching(step):
+                batch, inputs = upcoming.result()
             waited = time.perf_counter() - started
             if step < sampler.num_steps and not guidance.changes_after(step):
                 upcoming = planner.submit(plan, step + 1)
             rate = learning_rate(step, sampler.num_steps, config.optim)
-            set_learning_rate(optimizer, rate)
-            result = train_step(trainee, batch, inputs)
+            set_learning_rate(trainee.optimizer, rate)
+            shows = world.rank == 0 and masking_is_shown(config, step, sampler.num_steps)
+            with watchdog.watching(step):
+                result = train_step(trainee, batch, inputs, keep_scored=shows)
+            if result.non_finite:
+                _skip_or_stop(trainee, state, batch, result)
             result.seconds["plan"] = waited
             seconds = time.perf_counter() - started
-            peak = all_reduce_max(float(peak_memory_bytes(student.device)), student.device, world)
-            line = metrics_line(batch, result, corpus, rate, world.size, seconds, sampler.steps_per_epoch, peak)
-            if metrics:
-                metrics.write(line)
-                progress.show(line)
-            if writer:
-                _write_scalars(writer, line)
+            mine = {"memory": float(peak_memory_bytes(device)), "request": float(REQUESTS.index(wants()))}
+            largest = all_reduce_max(mine, device, world)
+            before, request = request, REQUESTS[int(largest["request"])]
+            if observers:
+                peak, of_epoch = largest["memory"], sampler.steps_per_epoch
+                observers.observe(metrics_line(batch, result, corpus, rate, world.size, seconds, of_epoch, peak))
+            if shows and not result.non_finite:
+                write_masked_examples(config, corpus, batch, result.scored)
+            result.scored = None  # its memory is the next step's
             if guidance.changes_after(step):
-                guidance.renew(step)  # before the checkpoint, which then never lacks its guide
+                guidance.renew(step)  # before the checkpoint, which keeps what guides the next step
                 upcoming = planner.submit(plan, step + 1)
-            if step == sampler.num_steps or (
-                config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0
-            ):
-                _checkpoint(trainee, guidance, step)
-    if metrics:
-        metrics.close()
-        save_model(student, run_dir / "model")
-    if writer:
-        writer.close()
-    barrier(world)
+            is_due = step == sampler.num_steps or (every and step % every == 0)
+            if is_due or request == "stop" or (request == "checkpoint" and before is None):
+                state.save(step)
+            if request == "stop":
+                return step
+    return sampler.num_steps
 
 
-def _resume(trainee: Trainee) -> int:
-    """The number of steps done. Rank 0 chooses the checkpoint, all load the same one."""
-    folder, world = trainee.config.run_dir / "checkpoints", trainee.world
-    checkpoint = broadcast_object(latest_intact(folder) if world.rank == 0 else None, world)
-    if checkpoint is None:
-        return 0
-    state = load_checkpoint(checkpoint, trainee.student.model, trainee.optimizer, trainee.student.device)
-    expected = _identity_of_run(trainee)
-    for key, value in expected.items():
-        if state[key] != value:
+def _skip_or_stop(trainee: Trainee, state: RunState, batch: BatchPlan, result: StepResult) -> None:
+    """UserError, on every worker, unless the recipe allows to skip a step whose loss or gradient is not finite."""
+    config, optim, skipped = trainee.config, trainee.config.optim, len(state.skipped)
+    if optim.non_finite == "skip" and skipped < optim.max_skipped:
+        state.skipped.append(batch.step)
+        if trainee.world.rank == 0:
+            told = tell_non_finite(config, trainee.corpus, batch, result)
+            logger.warning("%s; skipped, as %d of at most %d steps", told, skipped + 1, optim.max_skipped)
+        return
+
+    def stop() -> None:
+        told = tell_non_finite(config, trainee.corpus, batch, result)
+        remedy = "lower optim.learning_rate, use fp32, or leave out those rows"
+        if optim.non_finite == "skip":
+            told += f", and optim.max_skipped = {optim.max_skipped} steps were skipped before"
+        else:
+            remedy += "; optim.non_finite=skip goes on without the step"
+        raise UserError(f"{told}; {state.keep(batch.step - 1)}; {remedy}")
+
+    on_rank_0(stop, trainee.world)
+
+
+def _keep_result(trainee: Trainee, state: RunState, last: int, num_steps: int) -> None:
+    """Write the model of a finished run and wait for the last checkpoint; UserError, on every worker, if that fails."""
+    folder = trainee.config.run_dir / "model"
+
+    def write_model() -> None:
+        try:
+            save_model(trainee.student, folder)
+        except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{checkpoint.folder}: {key} was {state[key]!r} and is now {value!r}; a run continues only with what "
-                "its batches depend on unchanged: give it another name, or remove the folder to start over"
-            )
-    if world.rank == 0:
-        logger.info("resuming after step %d from %s", checkpoint.step, checkpoint.folder)
-    return checkpoint.step
+                f"{folder} can't be written: {error}; free space, and the same command goes on from the last checkpoint"
+            ) from error
 
-
-def _identity_of_run(trainee: Trainee) -> dict[str, object]:
-    """What the global batches are a function of."""
-    config = trainee.config
-    return {
-        "data": trainee.corpus.manifest["content"],
-        "seed": config.seed,
-        "batch.global_size": config.batch.global_size,
-        "data.mixing": config.data.mixing,
-        "weights": [source.weight for source in config.data.sources],
-        "data.temperature": config.data.temperature,
-    }
-
-
-def _checkpoint(trainee: Trainee, guidance: Guidance, step: int) -> None:
-    config, world = trainee.config, trainee.world
-    if world.rank == 0:
-        folder, identity = config.run_dir / "checkpoints", _identity_of_run(trainee)
-        save_checkpoint(folder, step, trainee.student.model, trainee.optimizer, identity, config.checkpoint.keep)
-        guidance.collect(checkpoint.step for checkpoint in committed(folder))
-    barrier(world)
-
-
-class _Progress:
-    """A plain line every few seconds: where the run is, how fast, and when it will be done."""
-
-    def __init__(self, num_steps: int, done: int) -> None:
-        self.num_steps, self.first, self.started = num_steps, done, time.monotonic()
-        self.shown = 0.0
-
-    def show(self, line: dict[str, Any]) -> None:
-        now, step = time.monotonic(), line["step"]
-        if now - self.shown < 5 and step not in (self.first + 1, self.num_steps):
-            return
-        self.shown = now
-        remaining = (now - self.started) / (step - self.first) * (self.num_steps - step)
-        logger.info(
-            "step %d/%d  loss %.4f  %.0f pairs/s  masked %.1f %%  %s left",
-            step,
-            self.num_steps,
-            line["loss"],
-            line["pairs_per_second"],
-            100 * line["masked_fraction"],
-            _clock(remaining),
-        )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _tensorboard(config: RunConfig):
-    if not config.tracking.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(config.run_dir / "tensorboard"))
-
-
-def _write_scalars(writer, line: dict[str, Any]) -> None:
-    for name, value in line.items():
-        if isinstance(value, int | float) and name != "step":
-            writer.add_scalar(name, value, line["step"])
+    problem = None
+    if last == num_steps:
+        try:
+            on_rank_0(write_model, trainee.world)
+        except UserError as error:
+            problem = error
+    missing = state.finish()
+    if problem:
+        raise problem
+    if missing:
+        done = "the model is written, but " if last == num_steps else f"training was stopped after step {last}, but "
+        raise UserError(f"{done}{missing}; the same command then goes on from the checkpoint before")

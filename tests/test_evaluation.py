@@ -16,7 +16,8 @@ from scipy.stats import spearmanr
 
 from gist_dist.config import EvaluateConfig, RunConfig
 from gist_dist.errors import UserError
-from gist_dist.evaluation import Score, check_tasks, evaluate_task, load_task, read_results
+from gist_dist.evaluation import Score, evaluate_task, read_results
+from gist_dist.evaluation_tasks import check_tasks, load_task
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SHARED = Path(__file__).parents[2] / "shared" / "data"

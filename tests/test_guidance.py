@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference import Row, reference_loss
 from safetensors.numpy import load_file
-from tiny import one_step, prepared, recipe, run_group, save_tiny_model, words, write_jsonl
+from tiny import one_step, prepared, recipe, run_group, save_tiny_model, wait_for, words, write_jsonl
 
 from gist_dist.collectives import World
 from gist_dist.config import parse_config
@@ -83,6 +83,7 @@ def run_train(world: World, tree: dict[str, Any], corpus: str, cache: dict[str, 
     class Mortal(Student):
         def encode(self, tokens, dropout_seed):
             if dropout_seed[1] == die_at:
+                wait_for(config.run_dir / "checkpoints" / f"step-{die_at - 2:08d}" / "COMMIT.json")
                 os._exit(DEATH)
             return super().encode(tokens, dropout_seed)
 
@@ -193,7 +194,11 @@ def test_refreshed_guide_is_the_student_of_the_last_renewal(stage, refreshed):
     masked, fixed = curve(refreshed, "masked_fraction"), curve(never, "masked_fraction")
     np.testing.assert_array_equal(masked[:3], fixed[:3])
     assert (masked[3:] != fixed[3:]).any()
-    assert [folder.name for folder in sorted((refreshed / "guides").iterdir())] == ["step-00000006"]
+    checkpoints = refreshed / "checkpoints"
+    copy, student = (
+        load_file(checkpoints / file) for file in ("step-00000008/guide.safetensors", "step-00000006/model.safetensors")
+    )
+    assert copy.keys() == student.keys() and all(np.array_equal(copy[name], student[name]) for name in student)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from reference import Row, reference_loss
 from safetensors.numpy import load_file
-from tiny import double, one_step, prepared, recipe, run_group, save_tiny_model, words, write_jsonl
+from tiny import double, one_step, prepared, recipe, run_group, save_tiny_model, wait_for, words, write_jsonl
 from torch.nn import functional as F
 
 from gist_dist.collectives import World
@@ -332,6 +332,7 @@ def run_train(world: World, tree: dict[str, Any], corpus: str, die_at: int, dtyp
     class Mortal(Student):
         def encode(self, tokens, dropout_seed):
             if dropout_seed[1] == die_at:
+                wait_for(config.run_dir / "checkpoints" / f"step-{die_at - 2:08d}" / "COMMIT.json")
                 os._exit(DEATH)
             return super().encode(tokens, dropout_seed)
 
@@ -358,7 +359,9 @@ def assert_equal_runs(run_dir: Path, other: Path, tolerance: float) -> None:
     for line, other_line in zip(curve(run_dir), curve(other), strict=True):
         assert line.keys() == other_line.keys()
         for key, value in line.items():
-            expected = pytest.approx(other_line[key], rel=tolerance, abs=tolerance) if tolerance else other_line[key]
+            expected = other_line[key]
+            if tolerance and expected is not None:
+                expected = pytest.approx(expected, rel=tolerance, abs=tolerance)
             assert value == expected, (line["step"], key)
     mine, theirs = weights(run_dir), weights(other)
     assert mine.keys() == theirs.keys()

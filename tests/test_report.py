@@ -127,12 +127,12 @@ def row(task, before, after, kind="STS", guide=None):
 
 
 class Page(HTMLParser):
-    """Tags, addresses and visible text of a page."""
+    """Tags, addresses and visible text of a page, or of a run's report."""
 
     def __init__(self, run):
         super().__init__()
         self.tags, self.addresses, self.text = [], [], ""
-        self.feed((run / "report.html").read_text())
+        self.feed((run if run.suffix == ".html" else run / "report.html").read_text())
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)

@@ -154,6 +154,14 @@ def run_group(
     return [outcome["value"] for outcome in outcomes]
 
 
+def wait_for(file: Path) -> None:
+    """A checkpoint is written while training goes on."""
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, f"{file} did not appear"
+        time.sleep(0.01)
+
+
 def _join(processes: Sequence[Any], deadline: float) -> None:
     """Wait for all. When one fails or time is up, end the others, which may wait for it in a collective."""
     running = {process.sentinel: process for process in processes}

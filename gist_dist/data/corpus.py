@@ -15,6 +15,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -29,14 +30,16 @@ from gist_dist.data.merge import Damaged, merge
 from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
 from gist_dist.data.sources import Source, SourceReport, open_sources
 from gist_dist.errors import UserError
-from gist_dist.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store
+from gist_dist.files import sealed, unsealed
+from gist_dist.redact import redact
+from gist_dist.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store, sha256
 
 if TYPE_CHECKING:
     from gist_dist.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 KEY = re.compile(r"[0-9a-f]{20}")
 MERGED = re.compile(r"(part|index|rows)-")
 PROGRESS_SECONDS = 5
@@ -50,15 +53,18 @@ argument with the number of a part and how many of its rows are read by now."""
 class Corpus:
     """A prepared folder, opened. Row and text numbers index everything here; arrays and token ids stay on disk."""
 
-    def __init__(self, folder: Path, place: str | None = None) -> None:
-        """place: where others open the same corpus, by open_corpus(); by default the folder."""
+    def __init__(self, folder: Path, place: str | None = None, verify: bool = False) -> None:
+        """place: where others open the same corpus, by open_corpus(); by default the folder. verify: read every file
+        in full first, since a reader of flipped bytes ends anywhere. UserError for one that is damaged."""
         self.folder, self.place = folder, place or str(folder)
         try:
-            self.manifest = json.loads((folder / MANIFEST).read_text())
+            self.manifest = unsealed((folder / MANIFEST).read_bytes())
             self._check_sizes()
+            if verify:
+                self._check_contents()
             arrays = {name: _map_array(folder / file) for name, file in self.manifest["arrays"].items()}
-        except (OSError, ValueError, KeyError) as error:  # JSON's and numpy's are ValueErrors
-            raise UserError(f"{self.place} is damaged ({error}); remove it, and it is prepared again") from error
+        except (OSError, ValueError, KeyError) as error:  # numpy's are ValueErrors
+            raise _damaged(self.place, error) from error
         self.anchors, self.positives = arrays["anchors"], arrays["positives"]
         self.source, self.number = arrays["source"], arrays["number"]
         """Of every row: the index in manifest["sources"], and the number within the source as it was read."""
@@ -108,6 +114,14 @@ class Corpus:
 
     def guide_tokens(self, texts: np.ndarray) -> list[np.ndarray]:
         return self._texts.tokens("guide_ids", self._at[texts])
+
+    def _check_contents(self) -> None:
+        files = self.manifest["files"]
+        with ThreadPoolExecutor() as pool:  # reading and hashing release the interpreter
+            digests = pool.map(lambda name: sha256(self.folder / name), files)
+            for name, digest in zip(files, digests, strict=True):
+                if digest != files[name][0]:
+                    raise ValueError(f"the checksum of {name} is wrong")
 
     def _check_sizes(self) -> None:
         for name, (_, size) in self.manifest["files"].items():
@@ -173,7 +187,7 @@ def prepare(
     place = join(config.corpora_dir, key)
     store = open_store(place)
     try:
-        if not store.exists(MANIFEST):
+        if not (was_there := store.exists(MANIFEST)):
             _collect(config.corpora_dir)
             job = Job(
                 place=place,
@@ -187,7 +201,7 @@ def prepare(
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{config.corpora_dir}: the prepared corpus can't be written there: {reason}") from error
-    corpus = open_corpus(config, place)
+    corpus = open_corpus(config, place, verify=was_there)
     with suppress(OSError):  # it may be another user's, or be read-only
         _remove_leftovers(store, corpus.manifest)
     for source, report in zip(sources, corpus.manifest["reports"], strict=True):
@@ -200,17 +214,18 @@ def prepare(
     return corpus
 
 
-def open_corpus(config: RunConfig, place: str) -> Corpus:
+def open_corpus(config: RunConfig, place: str, verify: bool = False) -> Corpus:
     """A prepared corpus, read where it lies, or from a checked copy on this node's disk: of a corpus in object storage,
-    or where the recipe sets data.local_copy. Several processes of a node share the copy, and one makes it."""
+    or where the recipe sets data.local_copy. Several processes of a node share the copy, and one makes it.
+    verify: see Corpus."""
     store = open_store(place)
     if store.local and not config.data.local_copy:
-        return Corpus(store.local)
+        return Corpus(store.local, verify=verify)
     try:
         content = store.read_bytes(MANIFEST)
-        files = {name: digest for name, (digest, _) in json.loads(content)["files"].items()}
+        files = {name: digest for name, (digest, _) in unsealed(content)["files"].items()}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{place} is damaged ({error}); remove it, and it is prepared again") from error
+        raise _damaged(place, error) from error
     key = place.partition("?")[0].rsplit("/", 1)[-1]
     folder = copies_folder(config.data.local_copy, "corpora", key)
     local_copy(store, files | {MANIFEST: hashlib.sha256(content).hexdigest()}, folder)
@@ -232,8 +247,8 @@ def _inputs(config: RunConfig, sources: list[Source], student: "Encoder", guide:
         "format": FORMAT,
         "sources": [
             {
-                "files": source.fingerprint(),
-                "recipe": source.config.model_dump(mode="json", exclude={"weight"}),
+                "files": redact(source.fingerprint()),  # new credentials make no other data
+                "recipe": redact(source.config.model_dump(mode="json", exclude={"weight", "license"})),
                 "prompts": asdict(_prompts(source, student, guide)),
             }
             for source in sources
@@ -266,7 +281,7 @@ def _build(job: Job, store: Store, inputs: dict[str, Any], progress: "_Progress"
         arrays = [files[manifest["arrays"][name]][0] for name in CONTENT if name in manifest["arrays"]]
         # What batches are a function of: not where the files lie, nor how the work was divided.
         manifest["content"] = hashlib.sha256(" ".join((*tokens, *arrays)).encode()).hexdigest()
-        store.write_bytes(MANIFEST, json.dumps(manifest | {"inputs": inputs}, indent=1).encode())
+        store.write_bytes(MANIFEST, sealed(manifest | {"inputs": inputs}))
     except (Damaged, OSError) as error:
         if store.exists(MANIFEST):  # another run was first, and has removed what its corpus does not need
             return
@@ -346,6 +361,10 @@ def _collect(corpora: str) -> None:
     for key, changed in last_change.items():
         if f"{key}/{MANIFEST}" not in infos and time.time() - changed > STALE_SECONDS:
             root.delete_folder(key)
+
+
+def _damaged(place: str, why: object) -> UserError:
+    return UserError(f"{place} is damaged ({why}); remove it, and it is prepared again")
 
 
 def _map_array(path: Path) -> np.ndarray:

@@ -9,7 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ SCHEMA_RECORDS = 1000
 """JSON records looked at to learn a file's columns."""
 READ_BYTES = 4 * 2**20
 CELL_BYTES = 64 * 2**20
+"""Of a CSV cell, a line of JSON, or an object of a JSON list: a few kilobytes of gzip can hold more than any memory."""
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -126,7 +127,7 @@ class SourceFile:
             if self.format == "parquet":
                 yield from self._read_parquet(wanted, start, stop)
             elif self.format == "arrow":
-                yield from slices(self._open_arrow(wanted), 0, start, stop, wanted)
+                yield from slices(map(_valid, self._open_arrow(wanted)), 0, start, stop, wanted)
             else:
                 with self._open_text() as stream:
                     cells = self._csv_cells if self.format == "csv" else self._json_cells
@@ -194,7 +195,8 @@ class SourceFile:
         """(line it starts in, cells) of each row, the header's first."""
         csv.field_size_limit(CELL_BYTES)
         delimiter = "\t" if suffix(self.name) == ".tsv" else ","
-        reader = csv.reader(io.TextIOWrapper(stream, "utf-8", newline=""), delimiter=delimiter, strict=True)
+        lines = self._lines(io.TextIOWrapper(stream, "utf-8", newline=""))
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         while True:
             line = reader.line_num + 1
             try:
@@ -222,7 +224,7 @@ class SourceFile:
             yield value
 
     def _json_lines(self, stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(self._lines(stream), start=1):
             if line.isspace():
                 continue
             try:
@@ -230,6 +232,18 @@ class SourceFile:
             except (ValueError, RecursionError) as error:
                 raise self._no_json(error, number) from None
             yield number, value
+
+    def _lines(self, stream: Any) -> Iterator[Any]:
+        """Of bytes or text; UserError for one that does not end."""
+        for number in count(1):
+            line = stream.readline(CELL_BYTES)
+            if len(line) == CELL_BYTES:
+                raise UserError(
+                    f"{self.where}: {self.name} line {number} has more than {CELL_BYTES:,} bytes; remove it"
+                )
+            if not line:
+                return
+            yield line
 
     def _json_list(self, stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
         """(line, value) of the list's values, without the whole file in memory: MEDI's is one list of 1.4 million."""
@@ -255,11 +269,16 @@ class SourceFile:
                 yield line, value
                 line += text.count("\n", at, end)
                 at, comma_first = end, True
-            elif _may_be_cut(error, text) and (more := file.read(max(READ_BYTES, len(text)))):
+            elif _may_be_cut(error, text) and (more := file.read(max(READ_BYTES, len(text) - at))):
                 text, at = text[at:] + more, 0
+                if len(text) > 2 * CELL_BYTES:
+                    raise self._too_long(line)
             else:
                 within = text.count("\n", at, error.pos) if isinstance(error, json.JSONDecodeError) else 0
                 raise self._no_json(error, line + within)
+
+    def _too_long(self, line: int) -> UserError:
+        return UserError(f"{self.where}: {self.name} line {line} has more than {CELL_BYTES:,} bytes; remove it")
 
     def _no_json(self, error: Exception, line: int) -> UserError:
         where = f"{self.where}: {self.name} line {line}"
@@ -293,6 +312,12 @@ class _IpcBatches:
         return (self.reader.get_batch(i) for i in range(self.reader.num_record_batches))
 
 
+def _valid(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Arrow's reader trusts offsets, and would read whatever memory they point to."""
+    batch.validate(full=True)
+    return batch
+
+
 def fields(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
     return [(field.name, field.type) for field in schema]
 
@@ -324,8 +349,10 @@ def _may_be_cut(error: Exception, text: str) -> bool:
 @contextmanager
 def reading(what: str, filesystem: pa.fs.FileSystem | None = None) -> Iterator[None]:
     """Turns what Arrow says of a damaged file into a sentence that names the file."""
-    # File systems of fsspec raise whatever the libraries below them do.
-    errors = Exception if isinstance(filesystem, pa.fs.PyFileSystem) else (pa.ArrowException, OSError, KeyError)
+    # File systems of fsspec raise whatever the libraries below them do. Values and overflows are of dates that Python
+    # does not have, and the end is that of a compressed file.
+    known = (pa.ArrowException, OSError, KeyError, ValueError, OverflowError, EOFError)
+    errors = Exception if isinstance(filesystem, pa.fs.PyFileSystem) else known
     try:
         yield
     except UserError:

@@ -7,6 +7,7 @@ each shard, and about 50 for the texts of one bucket of keys; everything else is
 
 # Axes:  n texts of all shards, those that several shards have counted as often
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -21,10 +22,13 @@ from jaxtyping import Int64, UInt64
 from gist_dist.data.shards import Commit, Job, name_by_content
 from gist_dist.data.sources import SourceReport
 from gist_dist.data.tokens import TextTokenizer
+from gist_dist.errors import UserError
 from gist_dist.storage import TRANSFERS, Store, sha256
 
 BUCKET_TEXTS = 2**22
 """Texts whose keys are compared at once."""
+MAX_SOURCES = 10_000
+"""That split_by makes of one source."""
 
 
 class Damaged(Exception):
@@ -138,13 +142,26 @@ class _Sources:
         found = {(of, group) for (of, _), commit in zip(job.parts, commits, strict=True) for group in commit.groups}
         self.keys = sorted(found)
         """Index in data.sources and value of split_by, empty where the source has none."""
+        self._refuse_too_many()
+        self.numbers = {key: number for number, key in enumerate(self.keys)}
         names = ("rows", "texts", "student_cut", "guide_cut")
         self.counts = {name: np.zeros(len(self.keys), np.int64) for name in names}
 
     def numbers_of_groups(self, part: int) -> np.ndarray:
         """Source numbers of the groups of a part's commit."""
         of = self.job.parts[part][0]
-        return np.array([self.keys.index((of, group)) for group in self.commits[part].groups], np.int32)
+        return np.array([self.numbers[of, group] for group in self.commits[part].groups], np.int32)
+
+    def _refuse_too_many(self) -> None:
+        """UserError where split_by names a column that tells rows apart, not tasks."""
+        counts = Counter(of for of, _ in self.keys)
+        for of, count in counts.items():
+            if count > MAX_SOURCES:
+                source = self.job.sources[of]
+                raise UserError(
+                    f"{source.where}.split_by = {source.config.split_by}: the column has {count:,} values, and at most "
+                    f"{MAX_SOURCES:,} can be sources of their own; name another or remove split_by"
+                )
 
     def count(self, index: pa.RecordBatch, rows: pa.RecordBatch, is_new: np.ndarray, groups: np.ndarray) -> None:
         """Texts count for the source of the first row that uses them."""

@@ -1,6 +1,8 @@
 """Finding the files of a source: a file, a folder, a glob, on this machine or behind a URI."""
 
+import fnmatch
 import glob
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,48 @@ def find_files(config: SourceConfig, where: str, root: str | None) -> list[Sourc
         return _find_remote(config, where)
     path = Path(root or ".").expanduser() / Path(config.path).expanduser()
     local = pa.fs.LocalFileSystem()
-    if path.exists():
-        return _list_files(local, str(path.absolute()), config, where)
-    if glob.has_magic(config.path):
-        found = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        return _matched([SourceFile(local, str(Path(p).absolute()), where) for p in found], str(path), config, where)
+    try:
+        if path.exists():
+            return _list_files(local, str(path.absolute()), config, where)
+        if glob.has_magic(config.path):
+            found = [SourceFile(local, file, where) for file in _local_glob(str(path))]
+            return _matched(found, str(path), config, where)
+    except OSError as error:
+        raise _unreachable(str(path), error, where) from error
     is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", config.path) and suffix(config.path) not in FORMATS
     if root is None and is_hub_id:
         return []
     raise UserError(f"{where}: no file or folder {path}; correct path, or data.root if it is elsewhere")
+
+
+def _local_glob(pattern: str) -> list[str]:
+    """Files that match, sorted; two stars enter no folder twice."""
+    if "**" not in pattern:
+        return sorted(str(Path(path).absolute()) for path in glob.glob(pattern) if os.path.isfile(path))
+    folder, slash, _ = pattern[: re.search(r"[*?[]", pattern).start()].rpartition("/")
+    rest, folder = pattern[len(folder + slash) :], str(Path(folder + slash).absolute())
+    fits = re.compile(_glob_regex(rest)).fullmatch
+    names = (os.path.relpath(file, folder) for file in _walk(folder))
+    # As glob has it: what is hidden is found only where the pattern says so.
+    return [f"{folder}/{name}" for name in names if fits(name) and ("/." in f"/{rest}" or "/." not in f"/{name}")]
+
+
+def _walk(folder: str) -> list[str]:
+    """All files below a folder, sorted; links are followed, but no folder is entered twice, however it is linked."""
+    found, seen = list[str](), set[tuple[int, int]]()
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=stop):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        found += [path for name in names if os.path.isfile(path := os.path.join(place, name))]
+    return sorted(found)
 
 
 def _find_remote(config: SourceConfig, where: str) -> list[SourceFile]:
@@ -48,9 +83,8 @@ def _find_remote(config: SourceConfig, where: str) -> list[SourceFile]:
     folder = uri[: uri.rindex("/", 0, magic.start())]
     pattern = uri[len(folder) + 1 :]
     filesystem, base = _open_filesystem(scheme, folder, options, where)
-    selector = pa.fs.FileSelector(base, recursive="/" in pattern or "**" in pattern, allow_not_found=True)
-    infos = _file_info(filesystem, selector, config, where)
-    files = sorted((SourceFile(filesystem, i.path, where) for i in infos if i.is_file), key=lambda file: file.path)
+    found = _files_below(filesystem, base, "/" in pattern or "**" in pattern, config, where)
+    files = [SourceFile(filesystem, path, where) for path in found]
     fits = re.compile(_glob_regex(pattern)).fullmatch
     return _matched([file for file in files if fits("/".join(_within(file, base)))], config.path, config, where)
 
@@ -89,14 +123,26 @@ def _file_info(filesystem: pa.fs.FileSystem, what: Any, config: SourceConfig, wh
         raise _unreachable(config.path, error, where) from error
 
 
+def _files_below(
+    filesystem: pa.fs.FileSystem, folder: str, is_deep: bool, config: SourceConfig, where: str
+) -> list[str]:
+    """Paths, sorted; none where there is no such folder. is_deep: also of the folders within."""
+    if is_deep and isinstance(filesystem, pa.fs.LocalFileSystem):  # whose links may lead in circles
+        try:
+            return _walk(folder) if os.path.isdir(folder) else []
+        except OSError as error:
+            raise _unreachable(folder, error, where) from error
+    infos = _file_info(filesystem, pa.fs.FileSelector(folder, recursive=is_deep, allow_not_found=True), config, where)
+    return sorted(info.path for info in infos if info.is_file)
+
+
 def _list_files(filesystem: pa.fs.FileSystem, path: str, config: SourceConfig, where: str) -> list[SourceFile]:
     info = _file_info(filesystem, path, config, where)
     if info.type == pa.fs.FileType.NotFound:
         raise UserError(f"{where}: no file or folder {config.path}")
     if info.is_file:
         return _matched([SourceFile(filesystem, path, where)], config.path, config, where)
-    listed = _file_info(filesystem, pa.fs.FileSelector(path, recursive=True), config, where)
-    files = [SourceFile(filesystem, i.path, where) for i in listed if i.is_file]
+    files = [SourceFile(filesystem, found, where) for found in _files_below(filesystem, path, True, config, where)]
     files = sorted((f for f in files if f.format and _is_data(_within(f, path))), key=lambda f: f.path)
     if not files:
         raise UserError(f"{where}: no {', '.join(sorted(set(FORMATS.values())))} file in folder {config.path}")
@@ -138,7 +184,7 @@ def _glob_regex(pattern: str) -> str:
     tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^]]+\])", pattern)
     return "".join(
         special.get(token)
-        or (token.replace("[!", "[^") if token.startswith("[") and len(token) > 2 else re.escape(token))
+        or (fnmatch.translate(token)[4:-3] if token.startswith("[") and len(token) > 2 else re.escape(token))
         for token in tokens
     )
 

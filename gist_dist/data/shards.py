@@ -9,7 +9,6 @@ Names tell contents, so that two runs that prepare the same part write the same 
 """
 
 import hashlib
-import json
 import time
 from array import array
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import pyarrow as pa
 
 from gist_dist.data.sources import Part, Row, Source, SourceReport
 from gist_dist.data.tokens import TextTokenizer, as_lists, token_keys
+from gist_dist.files import sealed, unsealed
 from gist_dist.storage import Store, open_store, sha256
 
 MANIFEST = "manifest.json"
@@ -87,8 +87,8 @@ class Commit:
 
     @classmethod
     def parse(cls, content: bytes) -> "Commit":
-        """ValueError, TypeError or KeyError for anything else."""
-        tree = json.loads(content)
+        """ValueError for anything else, TypeError or KeyError for one of another version."""
+        tree = unsealed(content)
         return cls(**{**tree, "shards": [Shard(**shard) for shard in tree["shards"]]})
 
 
@@ -128,7 +128,7 @@ class Job:
         if (commit := self._committed(number, store)) is None:
             with store.scratch() as folder:
                 commit = yield from self._write(number, store, folder)
-            store.write_bytes(commit_name(number), json.dumps(asdict(commit)).encode())
+            store.write_bytes(commit_name(number), sealed(asdict(commit)))
         yield commit
 
     def _part(self, number: int) -> list[Any]:

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from gist_dist.config import DataConfig, Filters, SourceConfig
+from gist_dist.config import SHORT, DataConfig, Filters, SourceConfig
 from gist_dist.data.formats import HubRows
 from gist_dist.data.places import find_files
 from gist_dist.errors import UserError
+from gist_dist.redact import redact_address
 
 LIST_KINDS = (
     pa.types.is_list,
@@ -28,7 +29,9 @@ LIST_KINDS = (
 TEXT_KINDS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
 PART_ROWS = 2**17
 """Rows of a part, where they can be counted without reading them."""
-SHOWN_DROPS = 5
+SHOWN_DROPS, SHOWN_COLUMNS = 5, 20
+LONGEST_VALUE = 200
+"""Characters of a value of split_by, which names a source wherever it is shown."""
 NOT_A_PAIR = object()
 """Stands for a cell that should be [instruction, text] and is not."""
 
@@ -104,7 +107,7 @@ class Source:
         self.columns = self._map_columns()
 
     def new_report(self) -> SourceReport:
-        return SourceReport(self.config.label, self.config.path)
+        return SourceReport(self.config.label, redact_address(self.config.path))
 
     def fingerprint(self) -> list[list[Any]]:
         """Changes whenever what would be read may have changed."""
@@ -148,7 +151,7 @@ class Source:
             report.rows_read += count
             # Told for a whole batch at once: nearly all batches are fine, and then no row is looked at alone.
             if self._all_texts(chain(anchors, positives, *negatives)) and (
-                not has_groups or all(map(_is_text, groups))
+                not has_groups or all(map(_is_name, groups))
             ):
                 report.rows_used += count
                 yield from starmap(Row, records)
@@ -240,10 +243,15 @@ class Source:
 
     def _value_complaint(self, setting: str, value: Any) -> str:
         if isinstance(value, str) and value:
-            return ""
+            return self._name_complaint(value) if setting == "split_by" else ""
         column = self.config.split_by if setting == "split_by" else self.config.columns.label
         kind = "missing" if value is None else "empty" if value == "" else f"{type(value).__name__}, not a single value"
         return f"'{column}' ({setting}) is {kind}"
+
+    def _name_complaint(self, value: str) -> str:
+        if len(value) > LONGEST_VALUE:
+            return f"'{self.config.split_by}' (split_by) has more than {LONGEST_VALUE} characters, too long for a name"
+        return "" if _is_unicode(value) else f"'{self.config.split_by}' (split_by) has a lone surrogate"
 
     def _text_complaint(self, role: str, text: Any) -> str:
         if text is None:
@@ -313,7 +321,7 @@ class Source:
                     remedy += ", or columns.instructions if its cells are [instruction, text] pairs"
             else:
                 problem = f"column '{column}' of {good[0]} is" if good else f"column '{column}'"
-                problem += f" not in {name} (has: {', '.join(map(repr, has))})"
+                problem += f" not in {name} (has: {_listed(has)})"
             raise UserError(f"{self.where}: {problem}; {remedy}")
 
     def _need(self, setting: str) -> str:
@@ -352,6 +360,13 @@ def _cuts(blocks: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
+def _listed(columns: Iterable[str]) -> str:
+    """The first of them, shortened: a file may have a million, of a kilobyte each."""
+    columns = list(columns)
+    shown = ", ".join(SHORT.repr(name) for name in columns[:SHOWN_COLUMNS])
+    return f"{shown} and {len(columns) - SHOWN_COLUMNS:,} more" if len(columns) > SHOWN_COLUMNS else shown
+
+
 def _is_list(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in LIST_KINDS)
 
@@ -373,8 +388,8 @@ def _is_pair(cell: Any) -> bool:
     return isinstance(cell, list) and len(cell) == 2 and isinstance(cell[0], str) and isinstance(cell[1], str)
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_VALUE and (value.isascii() or _is_unicode(value))
 
 
 def _value(cell: Any) -> Any:

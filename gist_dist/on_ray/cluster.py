@@ -4,8 +4,11 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,9 @@ from typing import Any
 
 from gist_dist.config import ClusterConfig
 from gist_dist.errors import UserError
+from gist_dist.interrupts import handled
+
+logger = logging.getLogger(__name__)
 
 # Read by Ray's processes when they start. The controller polls its workers at this interval.
 LOCAL_ENVIRONMENT = {
@@ -22,10 +28,15 @@ LOCAL_ENVIRONMENT = {
 }
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",  # then Ray looks again how many workers there is room for
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     "TOKENIZERS_PARALLELISM": "false",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS does not promise equal bits twice
 }
+
+LOOK_SECONDS = 3.0
+UNREACHABLE_SECONDS = 30.0
+"""Ray itself ends this process when the head has been away for a minute, without a word for the user."""
 
 
 @contextmanager
@@ -41,19 +52,30 @@ def connected(config: ClusterConfig) -> Iterator[dict[str, float]]:
 
     if ray.is_initialized():  # a caller's own session: theirs to stop
         yield ray.cluster_resources()
-        return
-    if address:
-        yield from _remote(address, config)
     else:
-        yield from _local(config)
+        yield from _remote(address, config) if address else _local(config)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """ray.init() sets a SIGTERM handler that ends the process; ours stays."""
+    if threading.current_thread() is threading.main_thread():
+        with handled(signal.SIGTERM, signal.getsignal(signal.SIGTERM)):
+            yield
+    else:
+        yield
 
 
 def _remote(address: str, config: ClusterConfig) -> Iterator[dict[str, float]]:
     import ray
 
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train view
     try:
         _reach(address)
-        ray.init(address=address, runtime_env=_runtime_env(config), log_to_driver=False, logging_level=logging.WARNING)
+        with _own_signals():
+            ray.init(
+                address=address, runtime_env=_runtime_env(config), log_to_driver=False, logging_level=logging.WARNING
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cluster.address = {address}: no Ray cluster answers there: {reason}") from error
@@ -80,14 +102,15 @@ def _local(config: ClusterConfig) -> Iterator[dict[str, float]]:
     import ray
 
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            runtime_env=_runtime_env(config),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(folder),
-        )
+        with _own_signals():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                runtime_env=_runtime_env(config),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
@@ -125,17 +148,98 @@ def gpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float
 def cpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float:
     if config.cpus_per_worker is not None:
         return config.cpus_per_worker
-    return 1.0 if config.num_workers <= resources.get("CPU", 0) else 0.5
+    return 1.0 if config.min_workers <= resources.get("CPU", 0) else 0.5
 
 
 def check_resources(config: ClusterConfig, resources: dict[str, float]) -> None:
-    """UserError if the workers would wait forever for what the cluster does not have."""
+    """UserError if the workers, the fewest that the recipe allows, would wait for what the cluster does not have."""
     cpus, gpus = cpus_per_worker(config, resources), gpus_per_worker(config, resources)
     wants = {"CPU": (cpus, "cpus_per_worker"), "GPU": (gpus, "gpus_per_worker")}
     for kind, (each, key) in wants.items():
         total = resources.get(kind, 0)
-        if config.num_workers * each > total:
+        if config.min_workers * each > total:
             raise UserError(
-                f"cluster.num_workers = {config.num_workers} with {key} = {each:g} needs "
-                f"{config.num_workers * each:g} {kind}s; the cluster has {total:g}; lower one of them"
+                f"cluster.num_workers = {_shown(config)} with {key} = {each:g} needs "
+                f"{config.min_workers * each:g} {kind}s; the cluster has {total:g}; lower one of them"
             )
+
+
+def _shown(config: ClusterConfig) -> str:
+    elastic = config.min_workers < config.max_workers
+    return f"[{config.min_workers}, {config.max_workers}]" if elastic else str(config.max_workers)
+
+
+class ClusterWatch:
+    """Whether the cluster still answers and has room for the fewest workers, looked at from a thread.
+
+    problem is a sentence once that has not been so for UNREACHABLE_SECONDS, or for cluster.wait_minutes.
+    """
+
+    def __init__(self, config: ClusterConfig, cpus: float, gpus: float) -> None:
+        self.config, self.needs = config, {"CPU": config.min_workers * cpus, "GPU": config.min_workers * gpus}
+        self.problem: str | None = None
+        self.is_short = False
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "ClusterWatch":
+        import ray
+
+        self.address = ray.get_runtime_context().gcs_address
+        threading.Thread(target=self._reach_again, name="cluster-reach", daemon=True).start()
+        threading.Thread(target=self._count_again, name="cluster-room", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def silence(self) -> str | None:
+        """A sentence if the head does not answer now."""
+        try:
+            _reach(self.address)
+        except OSError as error:
+            return (
+                f"the head of the Ray cluster at {self.address} does not answer ({error.strerror or error}); the same "
+                "command resumes from the last checkpoint"
+            )
+        return None
+
+    def _reach_again(self) -> None:
+        answered = time.monotonic()
+        while not self._ended.wait(LOOK_SECONDS):
+            silence = self.silence()
+            if silence is None:
+                answered = time.monotonic()
+            elif time.monotonic() - answered > UNREACHABLE_SECONDS:
+                self.problem = silence
+                return
+
+    def _count_again(self) -> None:
+        """On its own, as a question to a cluster that is away can take a minute to fail."""
+        import ray
+
+        enough = time.monotonic()
+        while not self._ended.wait(LOOK_SECONDS):
+            try:
+                resources = ray.cluster_resources()
+            except Exception:  # not connected any more: the other thread's concern
+                continue
+            short = [
+                f"{least:g} {kind}s of which it has {resources.get(kind, 0):g}"
+                for kind, least in self.needs.items()
+                if resources.get(kind, 0) < least
+            ]
+            if not short:
+                if self.is_short:
+                    logger.info("the cluster has room for the workers again")
+                enough, self.is_short = time.monotonic(), False
+                continue
+            missing = f"the cluster lacks {' and '.join(short)} for cluster.num_workers = {_shown(self.config)}"
+            if not self.is_short:
+                self.is_short = True
+                logger.info("%s; waiting %g minutes for nodes", missing, self.config.wait_minutes)
+            if time.monotonic() - enough > 60 * self.config.wait_minutes:
+                self.problem = (
+                    f"{missing}, for {self.config.wait_minutes:g} minutes now; the same command resumes once there "
+                    "are nodes (cluster.wait_minutes waits longer)"
+                )
+                return

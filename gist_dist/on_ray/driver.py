@@ -1,14 +1,7 @@
 """`gist-dist train`: check, prepare, train on Ray, evaluate on the freed workers, report."""
 
-import json
 import logging
-import shutil
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gist_dist.config import RunConfig
@@ -16,17 +9,21 @@ from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Guide, Student
 from gist_dist.errors import UserError
-from gist_dist.evaluation import check_tasks
+from gist_dist.evaluation_tasks import check_tasks
 from gist_dist.guide_cache import guide_fingerprint
+from gist_dist.interrupts import stop_requests
 from gist_dist.model_card import write_model_card
-from gist_dist.on_ray.cluster import address_of, check_resources, connected, cpus_per_worker, gpus_per_worker
+from gist_dist.mteb_results import export_run
+from gist_dist.on_ray.cluster import check_resources, connected
 from gist_dist.on_ray.evaluation import evaluate_models
+from gist_dist.on_ray.fit import fit
 from gist_dist.on_ray.precompute import precompute
 from gist_dist.on_ray.prepare import prepare_on_ray
 from gist_dist.on_ray.triplets import resolve_classification
-from gist_dist.on_ray.worker import FAILURE_NAME, LOG_NAME, train_worker
+from gist_dist.publish import check_hub, push_model
 from gist_dist.report import Summary, build_report
 from gist_dist.run_folder import RunFolder
+from gist_dist.run_lock import RunLock, locked
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +31,23 @@ logger = logging.getLogger(__name__)
 def train_and_evaluate(config: RunConfig) -> Summary:
     """The whole run; called again with the same recipe it does only what is left.
 
-    Every check comes before Ray is started. Raises UserError.
+    Every check comes before Ray is started. Raises UserError, and Stopped once training has stopped as it was asked to.
     """
     config = config.absolute_paths()
     run = RunFolder(config)
     run.refuse_other_recipe()
     check_tasks(config.evaluate)
     _check_tracking(config)
+    check_hub(config.tracking.hub)
+    with locked(run.folder) as lock:
+        return _train_and_evaluate(config, run, lock)
+
+
+class Stopped(Exception):
+    """Training stopped as it was asked to, with a checkpoint."""
+
+
+def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Summary:
     trained = run.is_trained()
     prepared = None if trained else prepare_run(config, run)
     if trained and not config.evaluate.tasks:
@@ -51,12 +58,24 @@ def train_and_evaluate(config: RunConfig) -> Summary:
                 check_resources(config.cluster, resources)
                 if config.guide and config.guide.mode == "cache":
                     logger.info("\n".join(precompute(config, prepared.corpus, prepared.guide).lines()))
-                _fit(config, prepared, run, resources)
+                payload = {
+                    "corpus": prepared.corpus.place,
+                    "guide_cache": _cache_of(config, prepared.guide),
+                    "lock": lock.token,
+                }
+                with stop_requests() as requests:
+                    outcome = fit(config, payload, resources, requests, lock.check)
+                if outcome == "stopped":
+                    raise Stopped(f"stopped with a checkpoint, {run.folder}")
                 run.mark_trained()
+                if requests.requested:
+                    raise Stopped(f"trained, and stopped before what comes after, {run.folder}")
             if config.evaluate.tasks:
                 evaluate_models(_models(config, run), config, run.folder / "mteb")
     run.mark_finished()
     write_model_card(run.folder)
+    push_model(config, run.folder)
+    export_run(config, run.folder)
     return build_report(run.folder)
 
 
@@ -133,109 +152,8 @@ def _models(config: RunConfig, run: RunFolder) -> dict[str, str]:
     return models
 
 
-def _fit(config: RunConfig, prepared: Prepared, run: RunFolder, resources: dict[str, float]) -> None:
-    """Ray Train's worker group, restarted as often as cluster.max_failures says after lost workers."""
-    import ray.train
-    from ray.train.torch import TorchConfig
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    cluster = config.cluster
-    cpus, gpus = cpus_per_worker(cluster, resources), gpus_per_worker(cluster, resources)
-    failure = run.folder / FAILURE_NAME
-    failure.unlink(missing_ok=True)
-    logger.info("starting %d worker%s on Ray", cluster.num_workers, "s" * (cluster.num_workers > 1))
-    trainer = _trainer_class(local=address_of(cluster) is None)(
-        train_worker,
-        train_loop_config={
-            "recipe": config.model_dump(mode="json"),
-            "corpus": prepared.corpus.place,
-            "guide_cache": _cache_of(config, prepared.guide),
-            "use_gpu": gpus > 0,
-            "threads": max(1, int(cpus)),
-        },
-        torch_config=TorchConfig(backend="nccl" if gpus > 0 else "gloo", timeout_s=600),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"fit-{int(time.time())}",
-            storage_path=str(run.folder / ".ray"),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
-            worker_runtime_env=cluster.runtime_env or None,
-        ),
-    )
-    log = run.folder / "logs" / LOG_NAME
-    log.parent.mkdir(exist_ok=True)
-    try:
-        with _following(log):
-            trainer.fit()
-    except TrainingFailedError as error:
-        raise UserError(_explain(error, log)) from error
-    finally:
-        shutil.rmtree(run.folder / ".ray", ignore_errors=True)
-    if failure.exists():
-        raise UserError(json.loads(failure.read_text())["error"])
-
-
 def _cache_of(config: RunConfig, guide: Guide | None) -> dict[str, Any] | None:
     """Which guide's cache the workers open."""
     if guide is None or config.guide.mode != "cache":
         return None
     return {"fingerprint": guide_fingerprint(guide), "width": guide.width}
-
-
-def _trainer_class(local: bool) -> Any:
-    """TorchTrainer; on a local Ray without the placement group cleaner.
-
-    The cleaner asks the machine's first dashboard whether the controller lives. If that is another Ray's, it knows
-    nothing of ours, and the live placement group is removed (Ray 2.60). The method is private: without it, all stays.
-    """
-    from ray.train.torch import TorchTrainer
-
-    if not local or not hasattr(TorchTrainer, "_create_default_callbacks"):
-        return TorchTrainer
-
-    class LocalTorchTrainer(TorchTrainer):
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
-
-    return LocalTorchTrainer
-
-
-def _explain(error: Exception, log: Path) -> str:
-    """The last line of the first failed worker's traceback; the whole of it goes to the log."""
-    failures = getattr(error, "worker_failures", {})
-    text = str(next(iter(failures.values()), error)).strip() or type(error).__name__
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(f"{error}\n")
-    return f"training stopped: {text.splitlines()[-1]} (all of it in {log})"
-
-
-@contextmanager
-def _following(log: Path) -> Iterator[None]:
-    """Repeat what rank 0 writes to its log, while the block runs."""
-    ended = threading.Event()
-    start = log.stat().st_size if log.exists() else 0
-    follower = threading.Thread(target=_follow, args=(log, start, ended), daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        follower.join(timeout=5)
-
-
-def _follow(log: Path, position: int, ended: threading.Event) -> None:
-    while True:
-        last_look = ended.wait(0.5)
-        if log.exists():
-            with open(log, encoding="utf-8") as file:
-                file.seek(position)
-                while (line := file.readline()).endswith("\n"):
-                    position = file.tell()
-                    logger.info("%s", line.rstrip("\n"))
-        if last_look:
-            return

@@ -1,36 +1,57 @@
 """MTEB side by side: one Ray task for every model and MTEB task.
 
-A lost worker is retried, a failing task reported while the others go on, and what has a result already is not
-run again, so that starting once more runs what is left.
+A task whose process is lost is started again, one that takes too long is ended, one that fails is reported while the
+others go on, and what has a result already is not run again, so that starting once more runs what is left.
 """
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+import math
+import os
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from gist_dist.config import ClusterConfig, EvaluateConfig, RunConfig
 from gist_dist.errors import UserError
 from gist_dist.evaluation import (
     Score,
-    check_tasks,
-    estimated_characters,
     evaluate_task,
     finished_score,
     model_identity,
     read_result,
 )
 from gist_dist.evaluation_sets import one_line
+from gist_dist.evaluation_tasks import check_tasks, estimated_characters
 from gist_dist.files import write_atomically
+from gist_dist.mteb_results import Named, export_results
 from gist_dist.on_ray.cluster import connected, gpus_per_worker
+from gist_dist.redact import redact_text
 
 logger = logging.getLogger(__name__)
 
 OnResult = Callable[[str, str, Score | str, int, int], None]
+MAX_ATTEMPTS = 3
+"""At a task whose process is lost."""
+LOST = {
+    OutOfMemoryError: "its process was ended because its node ran out of memory",
+    NodeDiedError: "its node was lost",
+    LocalRayletDiedError: "its node was lost",
+    ObjectLostError: "its answer was lost with its node",
+    WorkerCrashedError: "its process was killed or crashed",
+}
 
 
 class Model(NamedTuple):
@@ -47,14 +68,32 @@ class Job(NamedTuple):
     task: str
 
 
+class Attempt(NamedTuple):
+    job: Job
+    number: int
+    deadline: float = math.inf
+    """Of time.monotonic(); infinite until the task has started."""
+
+
+class Started(NamedTuple):
+    """The first thing that a Ray task says; the second is the score."""
+
+    process: int
+    node: str
+
+
+class Lost(NamedTuple):
+    reason: str
+
+
 def evaluate_models(
     models: dict[str, str], config: RunConfig, folder: Path, on_result: OnResult | None = None
 ) -> dict[str, dict[str, str]]:
     """Evaluate models, given by label (baseline, trained, guide), on config.evaluate.tasks; Ray is running.
 
-    Results are folder/<label>/<task>.json. Returns {label: {task: one line}} of what failed, also kept in
-    folder/failures.json; empty if all went well. on_result(label, task, score or error, done, total) is
-    called for every task that ends.
+    Results are folder/<label>/<task>.json. Returns {label: {task: one sentence}} of what failed, also kept in
+    folder/failures.json as it happens; empty if all went well. Interrupted, it ends what runs and keeps what is done.
+    on_result(label, task, score or error, done, total) is called for every task that ends.
     """
     config = config.absolute_paths()
     described = {label: _as_in_recipe(label, path, config) for label, path in models.items()}
@@ -78,6 +117,8 @@ def evaluate_one_model(
     cluster = ClusterConfig(address=address)
     with connected(cluster):
         failures = _evaluate_all({label: Model(str(path))}, evaluate, cluster, Path(folder).absolute())
+    name = "/".join(path.parts[-2:]).replace("//", "local/") if path.is_absolute() else model
+    export_results(Path(folder).absolute(), {label: Named(name)}, evaluate.batch_size)
     logger.info("MTEB's result files are in %s", Path(folder).absolute() / label)
     return failures.get(label, {})
 
@@ -91,36 +132,36 @@ def _evaluate_all(
 ) -> dict[str, dict[str, str]]:
     jobs = [Job(label, task) for label in models for task in dict.fromkeys(evaluate.tasks)]
     unfinished = _longest_first(_unfinished(jobs, models, evaluate, folder), evaluate)
-    running = _start(unfinished, models, evaluate, cluster, folder)
-    done, total = len(jobs) - len(running), len(jobs)
+    done, total = len(jobs) - len(unfinished), len(jobs)
     if done:
         logger.info("%d of %d evaluations were done before", done, total)
 
     failures: dict[str, dict[str, str]] = {}
-    try:
-        while running:
-            (finished,), _ = ray.wait(list(running), num_returns=1)
-            label, task = running.pop(finished)
+    _keep(failures, folder)
+    # Closed at once if this loop is left by an exception: what runs is ended then.
+    with contextlib.closing(_outcomes(unfinished, models, evaluate, cluster, folder)) as outcomes:
+        for job, outcome in outcomes:
+            label, task = job
             done += 1
-            outcome = _outcome(finished)
             if isinstance(outcome, Score):
                 numbers = (done, total, label, task, outcome.main_score, outcome.seconds)
                 logger.info("evaluated %d/%d: %s %s %.4f in %.0f s", *numbers)
             else:
                 failures.setdefault(label, {})[task] = outcome
+                _keep(failures, folder)
                 logger.warning("evaluation %d/%d failed: %s %s: %s", done, total, label, task, outcome)
             if on_result:
                 on_result(label, task, outcome, done, total)
-    finally:
-        for reference in running:
-            ray.cancel(reference)
+    return failures
 
+
+def _keep(failures: dict[str, dict[str, str]], folder: Path) -> None:
+    """failures.json, at once: the driver may be interrupted while other tasks still run."""
     file = folder / "failures.json"
     if failures:
         write_atomically(file, lambda aside: aside.write_text(json.dumps(failures, indent=2)))
     else:
         file.unlink(missing_ok=True)
-    return failures
 
 
 def _as_in_recipe(label: str, path: str, config: RunConfig) -> Model:
@@ -143,30 +184,77 @@ def _longest_first(jobs: list[Job], evaluate: EvaluateConfig) -> list[Job]:
     return sorted(jobs, key=lambda job: -length[job.task])
 
 
-def _start(
+def _outcomes(
     jobs: list[Job], models: dict[str, Model], evaluate: EvaluateConfig, cluster: ClusterConfig, folder: Path
-) -> dict[ray.ObjectRef, Job]:
+) -> Generator[tuple[Job, Score | str], None, None]:
+    """Each job with its score or why it failed, as they end. Whatever still runs when the caller stops is killed."""
+    # Attempts are counted here, not by Ray, so that each has its own time.
+    remote = ray.remote(max_retries=0, **_resources(cluster))(_evaluate)
+
+    def start(job: Job) -> Any:
+        return remote.remote(models[job.label], job.task, evaluate, folder / job.label)
+
+    limit_s = 60 * (evaluate.task_timeout_minutes or math.inf)
+    running = {start(job): Attempt(job, 1) for job in jobs}
+    try:
+        while running:
+            ready, now = _wait(running)
+            for generator in ready:
+                attempt, answer = running.pop(generator), _answer(generator)
+                if isinstance(answer, Started):
+                    logger.debug("%s %s runs in process %d on %s", *attempt.job, *answer)
+                    running[generator] = attempt._replace(deadline=now + limit_s)
+                elif not isinstance(answer, Lost):
+                    yield attempt.job, answer
+                elif attempt.number < MAX_ATTEMPTS:
+                    logger.warning("%s %s: %s; it is started again", *attempt.job, answer.reason)
+                    running[start(attempt.job)] = Attempt(attempt.job, attempt.number + 1)
+                else:
+                    remedy = f"if memory ran out, lower evaluate.batch_size = {evaluate.batch_size}"
+                    yield attempt.job, f"{answer.reason}, {MAX_ATTEMPTS} times in a row; {remedy}"
+            for generator in [g for g, attempt in running.items() if attempt.deadline <= now]:
+                ray.cancel(generator, force=True)
+                minutes = f"evaluate.task_timeout_minutes = {evaluate.task_timeout_minutes:g}"
+                yield running.pop(generator).job, f"it was not done after {minutes} and was ended; raise it or set null"
+    finally:
+        for generator in running:
+            ray.cancel(generator, force=True)
+
+
+def _wait(running: dict[Any, Attempt]) -> tuple[list[Any], float]:
+    """The Ray tasks that have something to say, none if a deadline comes first; and the time then."""
+    first = min(attempt.deadline for attempt in running.values())
+    timeout = None if math.isinf(first) else max(0.0, first - time.monotonic())
+    ready, _ = ray.wait(list(running), num_returns=1, timeout=timeout)
+    return ready, time.monotonic()
+
+
+def _answer(generator: Any) -> Started | Score | Lost | str:
+    try:
+        return ray.get(next(generator))
+    except tuple(LOST) as error:
+        return Lost(next(reason for kind, reason in LOST.items() if isinstance(error, kind)))
+    except Exception as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        return one_line(redact_text(str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"))
+
+
+def _resources(cluster: ClusterConfig) -> dict[str, float]:
+    """What a task reserves: a training worker's share, or all of the largest node where none has as many cores."""
+    cpus, total = cluster.cpus_per_worker or 1, ray.cluster_resources()
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    gpus = gpus_per_worker(cluster, total) if total.get("GPU") else 0.0
+    return {"num_cpus": float(min(cpus, largest) or cpus), "num_gpus": gpus}
+
+
+def _evaluate(model: Model, task: str, evaluate: EvaluateConfig, folder: Path) -> Iterator[Started | Score]:
     # Ray ends a worker process after a task that held a GPU and uses it again after one that held none, which
     # saves the imports.
-    resources = ray.cluster_resources()
-    gpus = gpus_per_worker(cluster, resources) if resources.get("GPU") else 0.0
-    remote = ray.remote(max_retries=2, num_cpus=cluster.cpus_per_worker or 1, num_gpus=gpus)(_evaluate)
-    return {remote.remote(models[job.label], job.task, evaluate, folder / job.label): job for job in jobs}
-
-
-def _evaluate(model: Model, task: str, evaluate: EvaluateConfig, folder: Path) -> Score:
+    yield Started(os.getpid(), ray.util.get_node_ip_address())
     from datasets.utils.logging import disable_progress_bar
     from transformers.utils import logging as transformers_logging
 
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    return read_result(evaluate_task(model.path, task, evaluate, folder, model.prompts, **options))
-
-
-def _outcome(finished: Any) -> Score | str:
-    try:
-        return ray.get(finished)
-    except Exception as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        return one_line(cause if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}")
+    yield read_result(evaluate_task(model.path, task, evaluate, folder, model.prompts, **options))

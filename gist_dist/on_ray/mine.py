@@ -36,6 +36,7 @@ from gist_dist.mining import REASONS, Mined, MineOptions, Search, mine_block, pl
 from gist_dist.on_ray.cluster import check_resources, connected, gpus_per_worker
 from gist_dist.on_ray.precompute import precompute
 from gist_dist.on_ray.prepare import prepare_on_ray
+from gist_dist.redact import redact
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def _minable(config: RunConfig) -> RunConfig:
 def _inputs(recipe: RunConfig, options: MineOptions, corpus: Corpus, guide: Guide) -> dict[str, Any]:
     """All that the written sources depend on."""
     chosen = {name: value for name, value in asdict(options).items() if name != "model"}
-    sources = [source.model_dump(mode="json") for source in recipe.data.sources]
+    sources = redact([source.model_dump(mode="json") for source in recipe.data.sources])
     content = {"corpus": corpus.manifest["content"], "guide": guide_fingerprint(guide)}
     return {"format": FORMAT, **content, "options": chosen, "seed": recipe.seed, "sources": sources}
 
@@ -266,7 +267,7 @@ def _write_sources(
     mined, shortage = (np.concatenate([getattr(b, name) for b in blocks]) for name in ("texts", "shortage"))
     anchor_of = np.searchsorted(search.anchors, corpus.anchors)
     recipe_source = np.array([source["recipe_source"] for source in corpus.manifest["sources"]])[corpus.source]
-    names = [re.sub(r"[^\w.-]", "_", source.label) for source in recipe.data.sources]
+    names = [re.sub(r"[^\w.-]", "_", source.label, flags=re.ASCII)[:100] for source in recipe.data.sources]
     listed, counts = [], []
     for number, source in enumerate(recipe.data.sources):
         if source.columns.is_classification:
@@ -280,7 +281,7 @@ def _write_sources(
         listed.append(_as_source(source, file))
         counts.append({"name": source.label, "rows": len(rows), "short": _by_reason(shortage[anchor_of[rows]])})
     described = {"sources": [source.model_dump(mode="json", exclude_defaults=True) for source in listed]}
-    _write_text(output / "sources.yaml", yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
+    _write_text(output / "sources.yaml", yaml.safe_dump(redact(described), sort_keys=False, allow_unicode=True))
 
     positive_scores, scores = (
         np.concatenate([getattr(b, name) for b in blocks]) for name in ("positive_scores", "scores")

@@ -15,6 +15,7 @@ from gist_dist.encoder import Guide, Student
 from gist_dist.errors import UserError
 from gist_dist.guide_cache import guide_fingerprint, open_guide_cache
 from gist_dist.on_ray.precompute import precompute_inputs
+from gist_dist.redact import redact
 from gist_dist.storage import join, open_store
 
 logger = logging.getLogger(__name__)
@@ -58,12 +59,12 @@ def _key(config: RunConfig, source: Source, prompts: RolePrompts, student: Stude
     inputs = {
         "format": FORMAT,
         "files": source.fingerprint(),
-        "recipe": source.config.model_dump(mode="json", exclude={"name", "weight", "prompts"}),
+        "recipe": source.config.model_dump(mode="json", exclude={"name", "weight", "prompts", "license"}),
         "guide": [guide_fingerprint(guide), prompts.anchor],
         "student": student.fingerprint(),
         "seed": config.seed,
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
+    return hashlib.sha256(json.dumps(redact(inputs), sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _make(

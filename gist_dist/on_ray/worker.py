@@ -1,25 +1,38 @@
 """What runs in every Ray Train worker."""
 
-import json
 import logging
+import math
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gist_dist.on_ray.failures import OutOfMemory, memory_sentence, out_of_memory, phase_of
+from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, posted
+from gist_dist.on_ray.operator_metrics import OperatorMetrics
+from gist_dist.redact import Redacting
+from gist_dist.run_lock import other_holder
 
 if TYPE_CHECKING:
     import torch
 
+logger = logging.getLogger(__name__)
+
 LOG_NAME = "train.log"
-FAILURE_NAME = "failure.json"
+LOOK_SECONDS = 1.0
+LAST_CALL_SECONDS = 15.0
+"""So long before an announced end a second checkpoint is written, if the first came at least as long before that."""
 
 
-def train_worker(payload: dict[str, Any]) -> None:
-    """Load what a worker hosts and train. A UserError ends the run on all ranks, without Ray's retries."""
-    from gist_dist.collectives import World
+def train_worker(payload: dict[str, Any]) -> str:
+    """Load what a worker hosts and train: "finished", or "stopped" with a checkpoint.
+
+    What a rank raises ends all ranks as soon as Ray's controller looks; its RetryPolicy decides what then.
+    """
+    from gist_dist.collectives import World, broadcast_object
     from gist_dist.config import parse_config
     from gist_dist.data.corpus import open_corpus
     from gist_dist.encoder import Guide, Student
-    from gist_dist.errors import UserError
     from gist_dist.guide_cache import GuideCache
     from gist_dist.trainer import train
 
@@ -27,6 +40,8 @@ def train_worker(payload: dict[str, Any]) -> None:
     world = World.current()
     _log_to_file(config.run_dir, world.rank)
     device = _prepare_device(payload)
+    wants = Wants(config.run_dir, world.rank, payload.get("lock"))
+    observe = OperatorMetrics(config.name) if world.rank == 0 else None
     try:
         student = Student(config.student, device)
         guide: Guide | GuideCache | None = None
@@ -34,10 +49,75 @@ def train_worker(payload: dict[str, Any]) -> None:
             guide = GuideCache(config.guide_cache_dir, **payload["guide_cache"], local_copy=config.data.local_copy)
         elif config.has_guide_model:
             guide = Guide(config.guide_or_student, device)
-        train(config, open_corpus(config, payload["corpus"]), student, guide, world)
-    except UserError as error:
+        outcome = train(config, open_corpus(config, payload["corpus"]), student, guide, world, wants, observe)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        where = "a worker's GPU ran out of memory" if payload["use_gpu"] else "a worker ran out of memory"
+        raise OutOfMemory(memory_sentence(config.batch, phase_of(error), where)) from error
+    if outcome == "stopped" and broadcast_object(wants.is_resized, world):
         if world.rank == 0:
-            (config.run_dir / FAILURE_NAME).write_text(json.dumps({"error": str(error)}))
+            post(config.run_dir, READY)
+        time.sleep(payload["resize_patience_s"])
+        raise RuntimeError("the workers were to be resized and were not")
+    return outcome
+
+
+class Wants:
+    """What the trainer asks for at every step: None, "checkpoint" (write one now and go on) or "stop".
+
+    Rank 0 looks for messages in the run folder, at most once a second. A notice that a node is to be taken away
+    reaches every rank from Ray; they need not see it at the same step. A worker that outlived its driver ends itself
+    when the run's lock names another command, which goes on from the last checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, lock: str | None = None) -> None:
+        """lock: the token of the command that started this worker."""
+        self.run_dir, self.rank, self.lock = run_dir, rank, lock
+        self.is_resized = False
+        self.looked = 0.0
+        self.notice: Any = None
+        self.may_call_again = False
+
+    def __call__(self) -> str | None:
+        now = time.monotonic()
+        if now - self.looked < LOOK_SECONDS:
+            return None
+        self.looked = now
+        if self.rank == 0 and self.lock and (other := other_holder(self.run_dir, self.lock)):
+            logger.error("the run was taken over by %s: this worker ends", other)
+            os._exit(1)  # nothing more is written, and the other ranks end with it
+        messages = posted(self.run_dir) if self.rank == 0 else set()
+        if messages & {STOP, RESIZE}:
+            self.is_resized = STOP not in messages
+            return "stop"
+        return "checkpoint" if self._is_announced() else None
+
+    def _is_announced(self) -> bool:
+        """Once when a node's end is announced, and once more shortly before it."""
+        notice = preemption_notice()
+        if notice is None:
+            return False
+        left = math.inf if notice.deadline_ms is None else notice.deadline_ms / 1000 - time.time()
+        if notice != self.notice:
+            self.notice, self.may_call_again = notice, left > 2 * LAST_CALL_SECONDS
+        elif self.may_call_again and left < LAST_CALL_SECONDS:
+            self.may_call_again = False
+        else:
+            return False
+        seconds = f"in {left:.0f} s" if math.isfinite(left) else "soon"
+        nodes = len(notice.preempted_node_ids)
+        logger.info("%d node%s will be taken away %s: writing a checkpoint", nodes, "s" * (nodes > 1), seconds)
+        return True
+
+
+def preemption_notice() -> Any:
+    """What Ray has told this worker, without ray.train.get_preemption_info()'s broadcast at every step."""
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+    except ImportError:  # not this version's place for it
+        return None
+    return get_train_context().preemption_context.preemption_info
 
 
 def _prepare_device(payload: dict[str, Any]) -> "torch.device":
@@ -59,7 +139,7 @@ def _log_to_file(run_dir: Path, rank: int) -> None:
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / (LOG_NAME if rank == 0 else f"worker-{rank}.log"))
-    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else "%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(Redacting("%(message)s" if rank == 0 else "%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("gist_dist")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)

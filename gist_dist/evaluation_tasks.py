@@ -1,0 +1,239 @@
+"""The MTEB task of a name: one of MTEB's, its data from the Hub or a local folder, or an evaluation set of the user's.
+
+A folder ``local_tasks/<Name>`` is read instead of the Hub if Name is registered; otherwise it is an evaluation set of
+the user's (evaluation_sets.py).
+"""
+
+import contextlib
+import difflib
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gist_dist.config import EvaluateConfig
+from gist_dist.errors import UserError
+from gist_dist.evaluation_sets import check_column, listed, one_line, own_task
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+
+def check_tasks(evaluate: EvaluateConfig) -> None:
+    """Find out, without network, what would stop an evaluation: unknown tasks, missing or wrong local files.
+
+    Raises UserError that names the task, or the file and column.
+    """
+    if not evaluate.tasks:
+        return
+    if evaluate.local_tasks is not None and not Path(evaluate.local_tasks).expanduser().is_dir():
+        raise UserError(f"evaluate.local_tasks: no folder '{evaluate.local_tasks}'; create it or set null")
+    for name in evaluate.tasks:
+        folder = local_folder(name, evaluate.local_tasks)
+        task = load_task(name, evaluate.local_tasks)
+        if task.metadata.modalities != ["text"]:
+            needed = " and ".join(task.metadata.modalities)
+            raise UserError(f"evaluate.tasks: {name} is about {needed}; only tasks on text can be evaluated")
+        if folder is not None and name in registered_tasks():
+            _check_registered(task, folder)
+        elif folder is not None:
+            task.load_data()
+
+
+def load_task(name: str, local_tasks: str | None) -> "AbsTask":
+    """The MTEB task of that name; its data are read when it is evaluated. UserError if there is none."""
+    folder = local_folder(name, local_tasks)
+    if name in registered_tasks():
+        return import_mteb().get_task(name) if folder is None else _registered_task(name, folder)
+    if folder is None:
+        raise UserError(_unknown_task(name, local_tasks))
+    return own_task(name, folder, data_revision(folder))
+
+
+def estimated_characters(name: str, local_tasks: str | None) -> float:
+    """Rough amount of text that a task encodes, to start the longest first; infinite if nobody knows."""
+    registered, folder = registered_tasks().get(name), local_folder(name, local_tasks)
+    statistics = (registered.metadata.descriptive_stats if registered else None) or {}
+    characters = sum(split.get("number_of_characters") or 0 for split in statistics.values())
+    on_disk = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder else 0
+    return float(characters or on_disk or math.inf)
+
+
+def registered_tasks() -> dict[str, Any]:
+    """MTEB's own tasks: name -> class."""
+    import_mteb()
+    from mteb.get_tasks import TASK_LIST
+
+    return {task.metadata.name: task for task in TASK_LIST}
+
+
+def import_mteb() -> Any:
+    """mteb, which wants to create its cache folder when imported, also where the home folder is read-only."""
+    default = Path.home() / ".cache" / "mteb"
+    if "MTEB_CACHE" not in os.environ and (folder := _writable(default, "mteb")) != default:
+        os.environ["MTEB_CACHE"] = str(folder)
+    import mteb
+
+    return mteb
+
+
+def _writable(folder: Path, otherwise: str) -> Path:
+    """The folder, created; or, where that is not allowed, one in the system's temporary folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        pass
+    if not os.access(folder, os.W_OK):
+        folder = Path(tempfile.gettempdir()) / f"gist_dist-{os.getuid()}" / otherwise
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def local_folder(name: str, local_tasks: str | None) -> Path | None:
+    if local_tasks is None or Path(name).name != name:
+        return None
+    folder = Path(local_tasks).expanduser().absolute() / name
+    return folder if folder.is_dir() else None
+
+
+def _unknown_task(name: str, local_tasks: str | None) -> str:
+    names = list(registered_tasks())
+    where = "MTEB has no task of that name"
+    if local_tasks is not None:
+        names += [f.name for f in Path(local_tasks).expanduser().glob("*") if f.is_dir()]
+        where += f", and '{local_tasks}' no such folder"
+    by_lower_case = {n.lower(): n for n in names}
+    close = [by_lower_case[n] for n in difflib.get_close_matches(name.lower(), by_lower_case, n=3)]
+    return f"evaluate.tasks: '{name}': {where}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+
+
+def data_revision(folder: Path) -> str:
+    return f"local-{content_hash(folder)[:16]}"
+
+
+def content_hash(folder: Path, skip: str | None = None) -> str:
+    """SHA-256 over names and contents of a folder's files, without hidden ones (a download's leftovers)."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != skip):
+        name = file.relative_to(folder)
+        if not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------- registered tasks on local folders
+
+
+def _registered_task(name: str, folder: Path) -> "AbsTask":
+    """MTEB's own task class with another dataset path; its loader, transforms and scores stay MTEB's.
+
+    Of a multilingual task the subsets that the folder holds are run.
+    """
+    import datasets
+
+    base = registered_tasks()[name]
+    if hasattr(base.metadata, "tasks"):
+        parts = ", ".join(part.metadata.name for part in base.metadata.tasks[:3])
+        raise UserError(f"{folder}: {name} is the mean of other tasks; give each a folder ({parts}, ...)")
+    dataset = {**base.metadata.dataset, "path": str(folder), "revision": data_revision(folder)}
+
+    def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
+        with _fresh_datasets_cache(self.metadata.revision):
+            base.load_data(self, *args, **kwargs)
+
+    # The metadata belong to the class: MTEB drops those of an instance when it unloads a task.
+    attributes = {"metadata": base.metadata.model_copy(update={"dataset": dataset}), "load_data": load_data}
+    task = type(base.__name__, (base,), {**attributes, "__module__": base.__module__})()
+    if task.metadata.is_multilingual and _standard_loader(base):
+        try:
+            held = datasets.get_dataset_config_names(str(folder))
+        except Exception as error:  # of YAML in a README.md, of a script beside the data, …
+            raise UserError(f"{folder}: {one_line(error)}") from None
+        task.hf_subsets = [s for s in task.hf_subsets if s in held or f"{s}-corpus" in held]
+        if not task.hf_subsets:
+            wanted = ", ".join(base.metadata.hf_subsets)
+            raise UserError(f"{folder}: has none of {name}'s subsets {wanted} (has: {', '.join(held)})")
+    return task
+
+
+def _standard_loader(task: type) -> bool:
+    from mteb.abstasks import AbsTask, AbsTaskRetrieval
+
+    return task.load_data in (AbsTask.load_data, AbsTaskRetrieval.load_data) and not task.fast_loading
+
+
+@contextlib.contextmanager
+def _fresh_datasets_cache(revision: str) -> Iterator[None]:
+    """Let `datasets` cache below a folder named by content.
+
+    It keys a local folder by its last name and its files' names, and so would serve what lay there before.
+    """
+    import datasets
+
+    usual = datasets.config.HF_DATASETS_CACHE
+    cache = _writable(Path(usual) / "gist_dist" / revision, f"datasets/{revision}")
+    datasets.config.HF_DATASETS_CACHE = cache
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = usual
+
+
+def _check_registered(task: "AbsTask", folder: Path) -> None:
+    """Files, splits and, where the task reads them as they are, columns."""
+    import datasets
+    from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval
+
+    if not _standard_loader(type(task).__mro__[1]):
+        return
+    splits = [*task.eval_splits, *([task.train_split] if isinstance(task, AbsTaskClassification) else [])]
+    with _fresh_datasets_cache(task.metadata.revision):
+        for configs, columns in _expected_data(task):
+            try:
+                held = datasets.get_dataset_config_names(str(folder))
+                config = next((c for c in configs if c in held), None)
+                if config is None:
+                    raise UserError(f"{folder}: no '{configs[0]}' data (has: {listed(held)})")
+                files = datasets.load_dataset_builder(str(folder), config).config.data_files
+            except UserError:
+                raise
+            except Exception as error:  # of YAML in a README.md, of a script beside the data, …
+                raise UserError(f"{folder}: {one_line(error)}") from None
+            # MTEB's retrieval loader takes a data set's only split, whatever its name.
+            only_split = isinstance(task, AbsTaskRetrieval) and len(files) == 1
+            if missing := [] if only_split else [split for split in splits if split not in files]:
+                raise UserError(f"{folder}: '{config}' has no split '{missing[0]}' (has: {listed(files)})")
+            for split in files:
+                for names in columns:
+                    check_column(Path(files[split][0]), names)
+
+
+def _expected_data(task: "AbsTask") -> list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
+    """Of each data set that the task loads the names it may have, and those each of its columns may have."""
+    from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval
+    from mteb.abstasks.sts import AbsTaskSTS
+
+    if isinstance(task, AbsTaskRetrieval):
+        expected = []
+        for subset in task.hf_subsets:
+            prefix = "" if subset == "default" else f"{subset}-"
+            qrels = (f"{prefix}qrels",) if prefix else ("default", "qrels")
+            expected += [
+                ((f"{prefix}corpus",), (("_id", "id"), ("text",))),
+                ((f"{prefix}queries", "query"), (("_id", "id"), ("text",))),
+                (qrels, (("query-id",), ("corpus-id",), ("score",))),
+            ]
+        return expected
+    columns: tuple[tuple[str, ...], ...] = ()
+    own_columns = "dataset_transform" not in vars(type(task).__mro__[1])
+    if isinstance(task, AbsTaskSTS) and own_columns:
+        columns = tuple((str(c),) for c in (*task.column_names, "score"))
+    if isinstance(task, AbsTaskClassification) and own_columns and isinstance(task.input_column_name, str):
+        columns = ((task.input_column_name,), (task.label_column_name,))
+    return [((subset,), columns) for subset in task.hf_subsets]

@@ -1,0 +1,163 @@
+"""masked_examples.json: candidates that the guide took out of a batch, with their texts, so that a person can judge it.
+
+Made by rank 0 from the embeddings that a step has anyway, once that step is over: no text is encoded for it and no
+number of the run depends on it.
+"""
+
+# Axes:  r rows looked at   c candidates of the batch
+
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gist_dist.config import LossConfig, RunConfig
+from gist_dist.data.corpus import Corpus
+from gist_dist.data.plan import BatchPlan
+from gist_dist.files import write_atomically
+from gist_dist.loss import false_negatives, guide_threshold
+from gist_dist.step import Scored
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "masked_examples.json"
+MAX_ROWS = 1024  # so many of the batch's rows are looked at: a small part of what the loss itself does
+MAX_CHARACTERS = 300
+_ROWS_AT_A_TIME = 64
+
+
+def masking_is_shown(config: RunConfig, step: int, num_steps: int) -> bool:
+    """At the last step, and at scheduled checkpoints, so that a run which does not end has examples too."""
+    every = config.checkpoint.every_steps
+    return config.guide is not None and (step == num_steps or (bool(every) and step % every == 0))
+
+
+def write_masked_examples(config: RunConfig, corpus: Corpus, plan: BatchPlan, scored: Scored) -> None:
+    """Write run_dir/masked_examples.json for a step. A disk that can't take it costs the file, not the run."""
+    file = config.run_dir / FILE_NAME
+    found = masked_examples(corpus, plan, scored, config.loss, config.seed)
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        logger.warning("%s can't be written (%s); the report goes without it", file, error)
+
+
+def masked_examples(
+    corpus: Corpus, plan: BatchPlan, scored: Scored, loss: LossConfig, seed: int, num_each: int = 16
+) -> dict[str, Any]:
+    """Candidates that the guide dropped from rows of a batch, as plain values; texts of at most 300 characters.
+
+    num_each of them are those that the student finds closest, which would have cost most as negatives, and as many
+    more are drawn at random from all; seeded, at most one a row each time, and no pair of texts twice. "num_masked" of
+    "num_candidates" were dropped from the "num_rows" rows looked at: all rows, or 1,024 drawn from more.
+    """
+    device = scored.student.device
+    generator = torch.Generator(device).manual_seed(seed + plan.step)
+    rows = torch.randperm(scored.batch.num_rows, generator=generator, device=device)[:MAX_ROWS].sort().values
+    table = _Candidates(scored, loss)
+    num_masked, num_identical, closest, drawn = 0, 0, [], []
+    for block in rows.split(_ROWS_AT_A_TIME):
+        identical = table.identical(block)
+        dropped = table.masked(block) & ~identical
+        num_masked += int(dropped.count_nonzero())
+        num_identical += int(identical.count_nonzero())
+        random = torch.rand(dropped.shape, generator=generator, device=device)
+        closest += _best_of_each_row(block, table.scores(scored.student, block), dropped)
+        drawn += _best_of_each_row(block, random, dropped)
+    seen: set[tuple[int, int]] = set()
+    chosen = [("closest", pick) for pick in table.first_distinct(closest, num_each, seen)]
+    chosen += [("random", pick) for pick in table.first_distinct(drawn, num_each, seen)]
+    return {
+        "step": plan.step,
+        "num_rows": len(rows),
+        "num_candidates": len(rows) * len(table.texts) - num_identical,
+        "num_masked": num_masked,
+        "examples": [{"chosen": how} | _describe(corpus, plan, table, *pick) for how, pick in chosen],
+    }
+
+
+def _best_of_each_row(rows: Tensor, keys: Float[Tensor, "r c"], dropped: Bool[Tensor, "r c"]) -> list[tuple]:
+    """(key, row, candidate) of every row that lost a candidate: the dropped one with the largest key."""
+    best, column = keys.masked_fill(~dropped, -torch.inf).max(dim=1)
+    picks = zip(best.tolist(), rows.tolist(), column.tolist(), strict=True)
+    return [pick for pick in picks if pick[0] > -torch.inf]
+
+
+class _Candidates:
+    """All candidates of a batch side by side: those of ap, then aa, pp and an, as far as they are in use."""
+
+    def __init__(self, scored: Scored, loss: LossConfig) -> None:
+        self.batch, self.student, self.guide, self.loss = *scored, loss
+        self.parts = self.batch.parts(loss)
+        self.texts = torch.cat([texts for _, texts in self.parts.values()])
+        self.block_of = [part for part, (_, texts) in self.parts.items() for _ in range(len(texts))]
+
+    def scores(self, embeddings: Float[Tensor, "u e"], rows: Tensor) -> Float[Tensor, "r c"]:
+        scores = [embeddings[queries[rows]] @ embeddings[texts].T for queries, texts in self.parts.values()]
+        return torch.cat(scores, dim=1)
+
+    def of_positive(self, embeddings: Float[Tensor, "u e"], rows: Tensor) -> Float[Tensor, "r 1"]:
+        anchors, positives = embeddings[self.batch.anchors[rows]], embeddings[self.batch.positives[rows]]
+        return (anchors * positives).sum(dim=1, keepdim=True)
+
+    def of_pair(self, embeddings: Float[Tensor, "u e"], row: int, column: int) -> Float[Tensor, ""]:
+        return (embeddings[self.query(row, column)] * embeddings[self.texts[column]]).sum()
+
+    def query(self, row: int, column: int) -> Tensor:
+        """The text that a candidate is compared with: the row's anchor, or for pp its positive."""
+        return self.parts[self.block_of[column]][0][row]
+
+    def masked(self, rows: Tensor) -> Bool[Tensor, "r c"]:
+        return false_negatives(self.scores(self.guide, rows), self.of_positive(self.guide, rows), self.loss)
+
+    def identical(self, rows: Tensor) -> Bool[Tensor, "r c"]:
+        """Candidates that leave by the rule for equal texts, whatever the guide says."""
+        identity, candidates = self.batch.identity, self.batch.identity[self.texts]
+        anchors, positives = (
+            identity[texts[rows]].unsqueeze(1) for texts in (self.batch.anchors, self.batch.positives)
+        )
+        return (candidates == anchors) | (candidates == positives)
+
+    def first_distinct(self, picks: Iterable[tuple], count: int, seen: set[tuple[int, int]]) -> list[tuple[int, int]]:
+        """(row, candidate) by falling key, leaving out pairs of texts that were seen, in either order."""
+        chosen: list[tuple[int, int]] = []
+        for _, row, column in sorted(picks, reverse=True):
+            pair = tuple(sorted((int(self.query(row, column)), int(self.texts[column]))))
+            if len(chosen) < count and pair not in seen:
+                seen.add(pair)
+                chosen.append((row, column))
+        return chosen
+
+
+def _describe(corpus: Corpus, plan: BatchPlan, table: _Candidates, row: int, column: int) -> dict[str, Any]:
+    """One example: its texts, and the cosines by which both models compare them."""
+    number, at = int(plan.rows[row]), torch.tensor([row], device=table.texts.device)
+    guide_positive = table.of_positive(table.guide, at)
+    cosines = {
+        "threshold": guide_threshold(guide_positive, table.loss),
+        "guide_positive": guide_positive,
+        "guide_candidate": table.of_pair(table.guide, row, column),
+        "student_positive": table.of_positive(table.student, at),
+        "student_candidate": table.of_pair(table.student, row, column),
+    }
+    texts = {
+        "anchor": table.batch.anchors[row],
+        "positive": table.batch.positives[row],
+        "candidate": table.texts[column],
+    }
+    return {
+        "source": corpus.source_names[int(corpus.source[number])],
+        "row": int(corpus.number[number]),
+        "block": table.block_of[column],
+        **{role: _cut(corpus.text(int(plan.texts[int(text)]))) for role, text in texts.items()},
+        **{name: round(float(cosine), 4) for name, cosine in cosines.items()},
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"

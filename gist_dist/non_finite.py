@@ -1,0 +1,94 @@
+"""A step whose loss or gradient is not finite: which of its rows are to blame, and what the user is told."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gist_dist.config import LossConfig, RunConfig
+from gist_dist.data.corpus import Corpus
+from gist_dist.data.plan import BatchPlan
+from gist_dist.files import write_atomically
+from gist_dist.loss import gist_loss, row_blocks
+from gist_dist.step import Scored, StepResult
+
+logger = logging.getLogger(__name__)
+
+NAMED_ROWS = 5
+"""As many are named in a sentence; the file has all."""
+BLOCK_BYTES = 2.5e8
+
+
+def tell_non_finite(config: RunConfig, corpus: Corpus, plan: BatchPlan, result: StepResult) -> str:
+    """A sentence that names the step and the rows to blame; writes run_dir/non_finite/step-….json with all its rows."""
+    reason, blamed = find_blame(result.scored, corpus.num_negatives[plan.rows], config.loss)
+    rows = [
+        {"source": corpus.source_names[source], "row": number, "blamed": bool(is_blamed)}
+        for source, number, is_blamed in zip(
+            corpus.source[plan.rows].tolist(), corpus.number[plan.rows].tolist(), blamed, strict=True
+        )
+    ]
+    facts = {
+        "step": plan.step,
+        "what": result.non_finite,
+        "loss": str(result.loss),
+        "grad_norm": str(result.grad_norm),
+        "blamed_for": reason,
+        "rows": rows,
+    }
+    value = result.loss if result.non_finite == "loss" else result.grad_norm
+    sentence = f"step {plan.step}: the {'loss' if result.non_finite == 'loss' else 'gradient norm'} is {value}"
+    named = [row for row in rows if row["blamed"]]
+    if named:
+        sentence += f"; {reason} of {_name(named)}"
+    else:
+        sentence += f" in a batch of {_name(rows)}"
+    return f"{sentence} ({_write(config.run_dir / 'non_finite' / f'step-{plan.step:08d}.json', facts)})"
+
+
+def find_blame(scored: Scored, num_negatives: np.ndarray, loss: LossConfig) -> tuple[str | None, np.ndarray]:
+    """Which rows [g] have an embedding that is not finite, or else a loss that isn't; (None, none) if it can't be told.
+
+    num_negatives: hard negatives of each row.
+    """
+    batch = scored.batch
+    for model, embeddings in (("student", scored.student), ("guide", scored.guide)):
+        if embeddings is None:
+            continue
+        bad = (~torch.isfinite(embeddings).all(dim=1)).cpu()
+        of_row = np.repeat(np.arange(batch.num_rows), num_negatives)
+        blamed = (bad[batch.anchors.cpu()] | bad[batch.positives.cpu()]).numpy()
+        blamed[of_row[bad[batch.negatives.cpu()].numpy()]] = True
+        if blamed.any():
+            return f"the {model}'s embedding is not finite", blamed
+    blamed = np.zeros(batch.num_rows, dtype=bool)
+
+    def is_finite(rows: range) -> bool:
+        return bool(torch.isfinite(gist_loss(scored.student, scored.guide, batch, [rows], loss).loss))
+
+    for block in row_blocks(batch, loss, BLOCK_BYTES):
+        if not is_finite(block):
+            blamed[[row for row in block if not is_finite(range(row, row + 1))]] = True
+    return ("the loss is not finite", blamed) if blamed.any() else (None, blamed)
+
+
+def _name(rows: list[dict[str, Any]]) -> str:
+    """The first few rows, by source."""
+    by_source: dict[str, list[int]] = {}
+    for row in rows[:NAMED_ROWS]:
+        by_source.setdefault(row["source"], []).append(row["row"])
+    told = [f"{source} row {', '.join(map(str, numbers))}" for source, numbers in by_source.items()]
+    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+    return f"{'; '.join(told)}{more}"
+
+
+def _write(file: Path, facts: dict[str, Any]) -> str:
+    try:
+        text = json.dumps(facts, indent=1, ensure_ascii=False)
+        write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        return f"the list of all its rows can't be written: {error}"
+    return f"counting from 0; all its rows are in {file}"

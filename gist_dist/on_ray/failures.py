@@ -1,0 +1,134 @@
+"""What went wrong in a worker, told apart: the user's mistake, memory, a lost process, a lost peer, a bug."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gist_dist.config import BatchConfig
+from gist_dist.errors import UserError
+
+Kind = Literal["user", "memory", "killed", "hung", "lost", "peer", "error"]
+
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|Unable to allocate|running low on memory"
+    r"|could not create a (primitive|memory object)(?! desc)",  # what oneDNN says of it
+    re.I,
+)
+LOW_MEMORY = re.compile(r"running low on memory|memory usage threshold|OutOfMemoryError", re.I)
+KILLED = re.compile(r"SIGKILL|connection error code 2|killed by|End of file", re.I)
+PEER = re.compile(
+    r"closed by peer|Connection reset|Broken pipe|Socket closed|Timed out waiting|NCCL|gloo|TCPStore", re.I
+)
+PHASES = (("loss", "scoring the batch"), ("optim", "the optimizer's step"), ("gradcache", "encoding"),
+          ("guide", "the guide"), ("encoder", "encoding"))  # fmt: skip
+"""Parts of file names of the frames of a traceback, looked for from the innermost one."""
+
+
+class OutOfMemory(Exception):
+    """A worker's memory, or its GPU's, was not enough; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    rank: int
+    kind: Kind
+    text: str
+    """One line."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of the train function says so: CUDA's, Python's, numpy's, or torch's on a CPU."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def memory_sentence(batch: BatchConfig, phase: str | None = None, what: str = "a worker ran out of memory") -> str:
+    """Which budgets to lower, and what they are now."""
+    during = f" in {phase}" if phase else ""
+    tokens, activations, loss = (
+        f"batch.chunk_tokens (now {batch.chunk_tokens})",
+        f"batch.activation_gb (now {batch.activation_gb:g})",
+        f"batch.loss_gb (now {batch.loss_gb:g})",
+    )
+    if phase == "scoring the batch":
+        remedy = f"lower {loss}, then {activations}"
+    elif phase == "the guide":
+        remedy = f"lower {tokens}, or set guide.mode=cache"
+    elif phase == "the optimizer's step":
+        remedy = f"lower {activations}; the weights with their optimizer state take the rest"
+    elif phase == "encoding":
+        remedy = f"lower {activations}, then {tokens}"
+    else:
+        remedy = f"lower {activations}, then {tokens} and {loss}"
+    return f"{what}{during}; {remedy}: results stay the same, and the same command resumes"
+
+
+def phase_of(error: BaseException) -> str | None:
+    """Which part of a step an exception comes from, by the innermost frame of ours."""
+    names = []
+    trace = error.__traceback__
+    while trace:
+        path = Path(trace.tb_frame.f_code.co_filename)
+        if "gist_dist" in path.parts or path.parent.name == "optim":
+            names.append("optim" if path.parent.name == "optim" else path.stem)
+        trace = trace.tb_next
+    return next((phase for name in reversed(names) for part, phase in PHASES if part in name), None)
+
+
+def classify(failures: dict[int, BaseException]) -> list[Failure]:
+    """The failures of the ranks, causes before consequences: a rank whose peer went away is never the first."""
+    order: tuple[Kind, ...] = ("user", "memory", "hung", "killed", "lost", "error", "peer")
+    found = [_classified(rank, error) for rank, error in failures.items()]
+    return sorted(found, key=lambda failure: (order.index(failure.kind), failure.rank))
+
+
+def _classified(rank: int, error: BaseException) -> Failure:
+    text = one_line(str(error)) or type(error).__name__
+    names = {type(cause).__name__ for cause in _causes(error)}
+    full = str(error)
+    if isinstance(error, UserError):
+        return Failure(rank, "user", str(error))
+    if isinstance(error, OutOfMemory):
+        return Failure(rank, "memory", str(error))
+    if "WorkerHealthCheckTimeoutError" in names:
+        return Failure(rank, "hung", f"worker {rank} did not answer")
+    if "WorkerHealthCheckFailedError" in names:
+        if LOW_MEMORY.search(full):
+            return Failure(rank, "memory", full)
+        if KILLED.search(full):
+            return Failure(rank, "killed", f"worker {rank} was ended from outside or ended itself")
+        return Failure(rank, "lost", f"worker {rank} was lost")
+    if isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or PEER.search(full)):
+        return Failure(rank, "peer", text)
+    return Failure(rank, "error", f"{type(error).__name__}: {text}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = getattr(error, "health_check_failure", None)
+
+
+def one_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1][:400] if lines else ""
+
+
+def steps_done(run_dir: Path) -> int:
+    """The last step in metrics.jsonl; 0 before the first."""
+    try:
+        with open(run_dir / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 65536))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):  # torn by a kill
+            continue
+    return 0

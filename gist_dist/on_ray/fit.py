@@ -1,0 +1,219 @@
+"""One training on Ray Train, from the driver's side: start it, watch it, and turn its end into a word or a sentence."""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gist_dist.config import RunConfig
+from gist_dist.errors import UserError
+from gist_dist.interrupts import StopRequests
+from gist_dist.on_ray.cluster import ClusterWatch, address_of, cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.failures import classify, memory_sentence, one_line
+from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, withdraw
+from gist_dist.on_ray.worker import LOG_NAME, train_worker
+
+logger = logging.getLogger(__name__)
+
+GROUP_TIMEOUT_S = 1800
+"""Of a collective: workers that load a model or copy a corpus slowly are waited for. Hung steps the watchdog finds."""
+RESIZE_INTERVAL_S = 60.0
+"""How often Ray looks whether there is room for more workers."""
+
+
+def fit(
+    config: RunConfig,
+    payload: dict[str, Any],
+    resources: dict[str, float],
+    requests: StopRequests,
+    check: Callable[[], None] = lambda: None,
+) -> str:
+    """Train on Ray's workers: "finished", or "stopped" with a checkpoint where requests or a STOP file asked for it.
+
+    payload: what train_worker needs beside the recipe. check() is called several times a second and may raise.
+    Raises UserError; KeyboardInterrupt when the user insists, or has asked to stop and the cluster is gone.
+    """
+    run_dir, cluster = config.run_dir, config.cluster
+    cpus, gpus = cpus_per_worker(cluster, resources), gpus_per_worker(cluster, resources)
+    withdraw(run_dir, STOP, RESIZE, READY)
+    (run_dir / "logs").mkdir(exist_ok=True)
+    logs = [run_dir / "logs" / LOG_NAME, run_dir / "logs" / "controller.log"]
+    bounds = f"{cluster.min_workers} to " * (cluster.min_workers < cluster.max_workers)
+    logger.info("starting %s%d worker%s on Ray", bounds, cluster.max_workers, "s" * (cluster.max_workers > 1))
+    trainer = _trainer(config, payload, cpus, gpus)
+    watch = ClusterWatch(cluster, cpus, gpus)
+    training = _Thread(trainer.fit)
+    try:
+        with _following(logs), watch:
+            training.start()
+            _attend(training, requests, watch, run_dir, check)
+        return str(training.result().return_value)
+    except UserError:
+        raise
+    except Exception as error:
+        silence = watch.silence()
+        if silence and requests.requested:  # SIGTERM to all processes of a local Ray ends it too
+            raise KeyboardInterrupt from error
+        raise UserError(silence or _explain(error, config, logs[0])) from error
+    finally:
+        withdraw(run_dir, STOP, RESIZE, READY)
+        shutil.rmtree(run_dir / ".ray", ignore_errors=True)
+
+
+def _attend(
+    training: "_Thread", requests: StopRequests, watch: ClusterWatch, run_dir: Path, check: Callable[[], None]
+) -> None:
+    """Until the training ends. The main thread stays free for signals, which a blocking call of Ray's would delay."""
+    is_asked = False
+    while not training.ended.wait(0.2):
+        check()
+        is_lost = watch.problem or watch.is_short  # without workers nothing is to be saved
+        if requests.insisted or (requests.requested and is_lost):
+            raise KeyboardInterrupt
+        if watch.problem:
+            raise UserError(watch.problem)
+        if requests.requested and not is_asked:
+            is_asked = True
+            post(run_dir, STOP)
+            again = "; Ctrl-C again ends it at once" if requests.requested == "SIGINT" else ""
+            logger.info("%s: stopping after this step, with a checkpoint%s", requests.requested, again)
+
+
+def _trainer(config: RunConfig, payload: dict[str, Any], cpus: float, gpus: float) -> Any:
+    import ray.train
+    from ray.train.torch import TorchConfig
+
+    cluster, run_dir = config.cluster, config.run_dir
+    trainer_class, callbacks = _with_our_policies(config, is_local=address_of(cluster) is None)
+    is_elastic = cluster.min_workers < cluster.max_workers
+    return trainer_class(
+        train_worker,
+        train_loop_config=payload
+        | {
+            "recipe": config.model_dump(mode="json"),
+            "use_gpu": gpus > 0,
+            "threads": max(1, int(cpus)),
+            "resize_patience_s": 600.0,
+        },
+        torch_config=TorchConfig(
+            backend="nccl" if gpus > 0 else "gloo", timeout_s=int(max(GROUP_TIMEOUT_S, cluster.hang_timeout_s))
+        ),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(cluster.min_workers, cluster.max_workers) if is_elastic else cluster.max_workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
+            elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"fit-{int(time.time())}",
+            storage_path=str(run_dir / ".ray"),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            worker_runtime_env=cluster.runtime_env or None,
+            callbacks=callbacks,
+        ),
+    )
+
+
+def _with_our_policies(config: RunConfig, is_local: bool) -> tuple[Any, list[Any]]:
+    """TorchTrainer with our RetryPolicy, and the callbacks for its controller.
+
+    On a local Ray without the placement group cleaner: that asks the machine's first dashboard whether the controller
+    lives, and if that is another Ray's, it knows nothing of ours and the live placement group is removed (Ray 2.60).
+    All of this is private: on a version that has none of it, TorchTrainer retries max_failures times in all.
+    """
+    from ray.train.torch import TorchTrainer
+
+    try:
+        from gist_dist.on_ray.controller import CheckpointBeforeResize, RetryPolicy
+    except ImportError:
+        return TorchTrainer, []
+    if not hasattr(TorchTrainer, "_initialize_and_run_controller"):
+        return TorchTrainer, []
+
+    class OurTorchTrainer(TorchTrainer):
+        def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+            arguments["failure_policy"] = RetryPolicy(config.cluster.max_failures, config.run_dir)
+            return super()._initialize_and_run_controller(**arguments)
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            unwanted = "PlacementGroupCleanerCallback" if is_local else None
+            return [callback for callback in callbacks if type(callback).__name__ != unwanted]
+
+    return OurTorchTrainer, [CheckpointBeforeResize(config.run_dir)]
+
+
+class _Thread(threading.Thread):
+    """A call that others can wait for. Nobody waits for it when the command is ended at once."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(name="fit", daemon=True)
+        self.function, self.ended = function, threading.Event()
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.value = self.function()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.ended.set()
+
+    def result(self) -> Any:
+        if self.error:
+            raise self.error
+        return self.value
+
+
+def _explain(error: Exception, config: RunConfig, log: Path) -> str:
+    """A sentence for what ended the training; all of it goes to the log."""
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"{error}\n")
+    text = one_line(str(error)) or type(error).__name__
+    failures = classify(getattr(error, "worker_failures", {}))
+    if failures:
+        first = failures[0]
+        if first.kind == "user":
+            return first.text
+        if first.kind == "memory":
+            is_ours = first.text.endswith("resumes")
+            return first.text if is_ours else memory_sentence(config.batch, what="a node ran out of memory")
+        if first.kind == "killed":
+            what = f"{first.text} too often; if its node ran out of memory"
+            return f"training stopped: {memory_sentence(config.batch, what=what)} (all of it in {log})"
+        text = first.text
+    return f"training stopped: {text} (all of it in {log})"
+
+
+@contextmanager
+def _following(logs: list[Path]) -> Iterator[None]:
+    """Repeat what is added to the logs, while the block runs."""
+    ended = threading.Event()
+    positions = {log: log.stat().st_size if log.exists() else 0 for log in logs}
+    follower = threading.Thread(target=_follow, args=(positions, ended), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join(timeout=5)
+
+
+def _follow(positions: dict[Path, int], ended: threading.Event) -> None:
+    while True:
+        last_look = ended.wait(0.5)
+        for log, position in positions.items():
+            if not log.exists():
+                continue
+            with open(log, encoding="utf-8", errors="replace") as file:
+                file.seek(position)
+                while (line := file.readline()).endswith("\n"):
+                    positions[log] = file.tell()
+                    logger.info("%s", line.rstrip("\n"))
+        if last_look:
+            return

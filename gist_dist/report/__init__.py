@@ -1,0 +1,106 @@
+"""What a run shows: report.html, report.json and plots/, made from the files in its folder; and several runs beside
+each other (compare.py).
+
+Works on whatever is there: a run that still trains, one without guide, baseline or evaluation. Imports neither torch
+nor ray nor mteb, so that `gist-dist report RUN` answers at once.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gist_dist.errors import UserError
+from gist_dist.files import write_atomically
+from gist_dist.plots import write_plots
+from gist_dist.report.page import render_report
+from gist_dist.report.run import Run, TaskRow, jsonable, read_run
+from gist_dist.report.training import summarize_training
+from gist_dist.report.verdict import judge
+from gist_dist.report.warnings import find_warnings
+from gist_dist.report.words import plain, text_table
+
+__all__ = ["Run", "Summary", "TaskRow", "build_report", "judge", "read_run", "summarize"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the command line prints when a run ends."""
+
+    name: str
+    headline: str
+    tasks: list[TaskRow]
+    overall: dict[str, Any]
+    details: list[str]
+    warnings: list[str]
+    num_failed: int
+    """Evaluations that failed; the run is not complete, and the same command tries them again."""
+    model: Path | None
+    report: Path
+
+    def lines(self) -> list[str]:
+        """Plain ASCII text, at most a line a task plus the verdict and where things are."""
+        lines = self._table() if self.tasks else []
+        lines += [plain(self.headline), *(plain(text) for text in self.details)]
+        lines += [f"warning: {plain(text)}" for text in self.warnings]
+        lines += [f"model    {self.model}"] if self.model else []
+        return [*lines, f"report   {self.report}"]
+
+    def _table(self) -> list[str]:
+        columns = ["before", "after", "change"] + ["guide"] * any(row.guide is not None for row in self.tasks)
+        rows = [["task", "type", *columns]]
+        rows += [[row.task, row.type, *_cells(asdict(row), columns)] for row in self.tasks]
+        rows += [[f"mean of {self.overall['num_tasks']}", "", *_cells(self.overall, columns)]]
+        return text_table(rows, num_text_columns=2)
+
+
+def build_report(run_dir: Path) -> Summary:
+    """Write run_dir/report.html, report.json and plots/*.png from what the run left so far.
+
+    Raises UserError when run_dir is no run, when one of its files is damaged or when it can't be written to.
+    """
+    run = read_run(run_dir)
+    contents = summarize(run)
+    try:
+        moved = [(row.task, row.before, row.after) for row in run.tasks if row.change is not None]
+        limit = run.section("optim").get("max_grad_norm")
+        plots = write_plots(run.folder / "plots", run.metrics, contents["training"]["seconds"], moved, limit)
+        page = render_report(run, contents, plots)
+        numbers = json.dumps(contents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(run.folder / "report.json", lambda file: file.write_text(numbers, encoding="utf-8"))
+        write_atomically(run.folder / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{run.folder}: the report can't be written: {error}") from None
+    return Summary(
+        name=run.name,
+        headline=contents["verdict"]["headline"],
+        tasks=run.tasks,
+        overall=contents["verdict"]["overall"],
+        details=[detail["text"] for detail in contents["verdict"]["details"]],
+        warnings=[warning["text"] for warning in contents["warnings"]],
+        num_failed=sum(len(tasks) for tasks in run.failures.values()),
+        model=run.folder / "model" if run.has_model else None,
+        report=run.folder / "report.html",
+    )
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """The report in numbers: what report.json holds and report.html shows. JSON values only, no NaN."""
+    verdict = judge(run.tasks, tuple(run.section("evaluate").get("tasks") or ()), run.failures)
+    training = summarize_training(run)
+    return {
+        "name": run.name,
+        "verdict": verdict,
+        "tasks": [asdict(row) for row in run.tasks],
+        "training": training,
+        "data": jsonable(run.data),
+        "warnings": find_warnings(run, training, verdict),
+        "failures": run.failures,
+        "config": jsonable(run.config),
+        "environment": jsonable(run.environment),
+    }
+
+
+def _cells(row: dict[str, Any], columns: list[str]) -> list[str]:
+    formats = {"change": "+.2f"}
+    return ["-" if row[column] is None else format(row[column], formats.get(column, ".2f")) for column in columns]

@@ -1,0 +1,94 @@
+"""What a careful reader would point at."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from gist_dist.report.run import Run
+from gist_dist.report.words import listed, percent, plural, shorten
+
+
+def find_warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> list[dict[str, str]]:
+    """What a careful reader would point at: [{code, text}], codes stable for scripts."""
+    return [{"code": code, "text": text} for code, text in _warnings(run, training, verdict)]
+
+
+def _warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    steps, planned = training["steps"], training["planned_steps"]
+    first, last = training["loss_first"], training["loss_last"]
+    if planned and steps < planned:
+        yield "unfinished", f"Training stands at step {steps} of {planned}; what follows is of those steps."
+    if bad := training["non_finite_steps"]:
+        at, end = f"The loss or its gradient was not finite at {plural(len(bad), 'step')} ({listed(bad)})", "."
+        if run.section("optim").get("non_finite") == "skip":
+            end = ": skipped, the weights stayed as they were."
+        yield "non_finite_loss", at + end
+    elif steps >= 40 and None not in (first, last) and last >= first:
+        yield (
+            "loss_not_falling",
+            f"The loss did not fall: {first:.4g} in the first steps, {last:.4g} in the last.",
+        )
+    yield from _guide_warnings(run, training, verdict)
+    if (training["rows_without_negatives_fraction"] or 0) > 0.01:
+        share = percent(training["rows_without_negatives_fraction"])
+        remedy = "raise batch.global_size" + (" or lower loss.margin" if run.config.get("guide") else "")
+        yield (
+            "rows_without_negatives",
+            f"{share} of the rows had no negative left and taught nothing: {remedy}.",
+        )
+    if (training["padding_fraction"] or 0) > 0.3:
+        share = percent(training["padding_fraction"])
+        yield (
+            "padding",
+            f"{share} of the encoded tokens were padding: lower batch.chunk_tokens or raise "
+            "batch.global_size, so that the texts of a chunk are of one length.",
+        )
+    for source in run.data.get("reports") or run.data.get("sources", ()):
+        read, used = source.get("rows_read") or 0, source.get("rows_used") or 0
+        if read and (read - used) / read > 0.05:
+            share = percent((read - used) / read)
+            yield "rows_dropped", f"{share} of the rows of {source.get('name')} were dropped as unusable."
+    for label, errors in run.failures.items():
+        for task, error in errors.items():
+            yield "task_failed", f"MTEB task {task} failed ({label}): {shorten(str(error))}"
+    for section in ("student", "guide"):
+        if run.section(section).get("trust_remote_code"):
+            yield "remote_code", f"{section}.trust_remote_code was on: code that came with the model was run."
+    for complaint in run.logged:
+        yield "checkpoint", f"From the log: {shorten(complaint)}"
+    if run.unreadable_lines:
+        damaged = plural(run.unreadable_lines, "line")
+        yield "metrics_damaged", f"{damaged} of metrics.jsonl can't be read; what is shown is without them."
+
+
+def _guide_warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    masked, before, of_guide = (
+        training["masked_fraction"],
+        *(verdict["overall"][side] for side in ("before", "guide")),
+    )
+    if None not in (before, of_guide) and of_guide < before:
+        yield (
+            "guide_weaker",
+            f"The guide scores {of_guide:.2f} on these tasks, less than the untrained student with {before:.2f}: it "
+            "may mask the wrong candidates. Take a stronger one, or lower loss.margin.",
+        )
+    if not run.config.get("guide") or masked["all"] is None:
+        return
+    if masked["all"] == 0:
+        yield (
+            "nothing_masked",
+            "The guide masked no candidate at all: it cost time and changed nothing. Raise loss.margin or "
+            "take another guide.",
+        )
+    if masked["all"] > 0.5:
+        yield (
+            "much_masked",
+            f"The guide masked {percent(masked['all'])} of the candidates: it hardly tells positives from "
+            "the rest, or loss.margin is too high.",
+        )
+    if (masked["ap"] or 0) > 0.5:
+        yield (
+            "guide_ranks_positives_low",
+            f"To the guide, {percent(masked['ap'])} of the other rows' positives are closer to an anchor "
+            "than its own: check that it suits the data (language, domain, prompts), and that anchors and "
+            "positives match.",
+        )

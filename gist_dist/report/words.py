@@ -1,0 +1,69 @@
+"""Numbers as people read them: on the page, in warnings and on the terminal."""
+
+from typing import Any
+
+
+def signed(change: int | float) -> str:
+    return f"{change:+.2f}".replace("-", "−")
+
+
+def percent(fraction: int | float) -> str:
+    return f"{100 * fraction:.0f} %" if fraction >= 0.1 else f"{100 * fraction:.2g} %"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def listed(items: list[Any], limit: int = 5) -> str:
+    """a, b, c and 7 more."""
+    named = ", ".join(str(item) for item in items[:limit])
+    return named if len(items) <= limit else f"{named} and {len(items) - limit:,} more"
+
+
+def shorten(text: str, limit: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def duration(seconds: int | float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def gigabytes(num_bytes: int | float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
+
+
+def plain(text: str) -> str:
+    """For a terminal of any encoding."""
+    for char, ascii_form in {"−": "-", "→": "->", "×": "x", "–": "-", "…": "..."}.items():
+        text = text.replace(char, ascii_form)
+    return text
+
+
+def text_table(rows: list[list[str]], num_text_columns: int = 1) -> list[str]:
+    """Lines of equal length; the first columns to the left, those of numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < num_text_columns else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+FILTERS = {
+    "points": lambda value: "–" if value is None else f"{value:.2f}",
+    "signed": lambda value: "–" if value is None else signed(value),
+    "percent": lambda value: "–" if value is None else percent(value),
+    "count": lambda value: "–" if value is None else f"{value:,.0f}",
+    "number": lambda value: "–" if value is None else f"{value:.4g}",
+    "cosine": lambda value: "–" if value is None else f"{value:.3f}".replace("-", "−"),
+    "duration": lambda value: "–" if value is None else duration(value),
+    "gigabytes": lambda value: "–" if value is None else gigabytes(value),
+}
+"""Of the templates; a value that is not known is a dash."""

@@ -1,0 +1,179 @@
+"""The state of a run: how all workers take it up again, and how rank 0 keeps it.
+
+What decides the batches and the loss must be what it was. What only draws other dropout or rounds otherwise may change,
+and is told.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gist_dist.checkpoint import (
+    CheckpointStore,
+    CheckpointWriter,
+    Snapshot,
+    model_tensors,
+    optimizer_tensors,
+    read_newest,
+    set_optimizer_tensors,
+)
+from gist_dist.collectives import broadcast, broadcast_object, on_rank_0
+from gist_dist.config import computed_values
+from gist_dist.errors import UserError
+from gist_dist.guidance import Guidance
+from gist_dist.guide_cache import guide_fingerprint
+from gist_dist.step import Trainee
+
+logger = logging.getLogger(__name__)
+
+PLACES = {"name", "data.sources", "student.model", "student.revision", "guide.model", "guide.revision"}
+"""Of a recipe: where things lie. Fingerprints of what is there tell whether they are the same."""
+
+
+class RunState:
+    """What a run has done, and its checkpoints. Every worker has one; rank 0 alone reads and writes."""
+
+    def __init__(self, trainee: Trainee, guidance: Guidance) -> None:
+        """UserError, on every worker, for a checkpoint.dir that can't be opened."""
+        self.trainee, self.guidance, self.world = trainee, guidance, trainee.world
+        self.kept = 0
+        """The step whose state was taken up, or handed to be written, last."""
+        self.skipped: list[int] = []
+        """Steps that changed nothing, because their loss or gradient was not finite."""
+        self.writer: CheckpointWriter | None = None
+        on_rank_0(self._open, self.world)
+
+    def _open(self) -> None:
+        self.identity = _identity(self.trainee, self.guidance)  # of the models as they were loaded
+        self.store = CheckpointStore(self.trainee.config)
+        self.writer = CheckpointWriter(self.store, self.trainee.config.checkpoint.retry_seconds)
+
+    def resume(self) -> int:
+        """Take up the newest intact checkpoint, if there is one; gives the number of steps done. UserError, on every
+        worker, if that can't be."""
+        snapshot = on_rank_0(self._find, self.world)
+        layout = broadcast_object(snapshot and _layout(snapshot), self.world)
+        if layout is None:
+            return 0
+        self.kept, self.skipped, forms = layout
+        student, optimizer, device = self.trainee.student, self.trainee.optimizer, self.trainee.student.device
+
+        def received(file: str) -> dict[str, Tensor]:
+            own = snapshot.tensors.get(file, {}) if snapshot else {}
+            return {name: self._received(own.get(name), *form, device) for name, form in forms.get(file, {}).items()}
+
+        weights = received("model")
+        for name, tensor in model_tensors(student.model).items():
+            tensor.copy_(weights[name])
+        set_optimizer_tensors(student.model, optimizer, received("optimizer"))
+        self.guidance.resume(self.kept, received("guide"))
+        return self.kept
+
+    def save(self, step: int) -> None:
+        """Keep the state after a step; it is written while training goes on. All wait for a write that still lasts."""
+        on_rank_0(lambda: self.writer.get_ready(), self.world)
+        self._save(step)
+
+    def keep(self, step: int) -> str:
+        """On rank 0: have the state after a step written, if it is not, and wait for it. Tells where it is."""
+        if step == 0:
+            return "the state before it is the untrained student"
+        if step != self.kept:
+            self._save(step)
+        return self.writer.finish() or f"the state before it is kept in {self.store.place_of(step)}"
+
+    def finish(self) -> str | None:
+        """Wait, on every worker, for the newest checkpoint; tells why it is missing, if it is."""
+        on_rank_0(lambda: self.writer.finish(), self.world)
+        return broadcast_object(self.writer and self.writer.problem, self.world)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
+
+    def _save(self, step: int) -> None:
+        self.kept = step
+        if self.writer:
+            model, optimizer = self.trainee.student.model, self.trainee.optimizer
+            tensors = {"model": model_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
+            if guide := self.guidance.tensors():
+                tensors["guide"] = guide
+            told = _told(self.trainee)
+            self.writer.save(step, tensors, {"skipped": [*self.skipped], "identity": self.identity, "told": told})
+
+    def _find(self) -> Snapshot | None:
+        snapshot = read_newest(self.store, self.trainee.config.checkpoint.retry_seconds)
+        if snapshot:
+            self._check(snapshot, self.store.place_of(snapshot.step))
+        return snapshot
+
+    def _check(self, snapshot: Snapshot, place: str) -> None:
+        """UserError for a checkpoint of another run."""
+        facts, tensors, student = snapshot.facts, snapshot.tensors, self.trainee.student.model
+        before, told = (facts.get(key) if isinstance(facts.get(key), dict) else {} for key in ("identity", "told"))
+        for key in ("data", *self.identity):
+            if key in before | {"data": None} and before.get(key) != self.identity[key]:
+                raise UserError(
+                    f"{place}: {key} was {before.get(key)!r} and is now {self.identity[key]!r}; a run continues only "
+                    "with what its batches and its loss depend on unchanged: give it another name, or remove the "
+                    "folder to start over"
+                )
+        shapes = {name: parameter.shape for name, parameter in student.named_parameters()}
+        fits = _forms(tensors.get("model", {})) == _forms(model_tensors(student)) and "optimizer" in tensors
+        for key, tensor in tensors.get("optimizer", {}).items():
+            kind, _, name = key.partition("|")
+            fits &= name in shapes and tensor.shape == (torch.Size() if kind == "step" else shapes[name])
+        if self.guidance.is_renewed_by(snapshot.step):
+            copy, own = tensors.get("guide", {}), model_tensors(student)
+            fits &= {n: t.shape for n, t in copy.items()} == {n: t.shape for n, t in own.items()}
+        if not fits or not isinstance(facts.get("skipped"), list):
+            raise UserError(
+                f"{place}: its tensors are not those of this student, optimizer and guide; give the run another name, "
+                "or remove the folder to start over"
+            )
+        logger.info("resuming after step %d from %s", snapshot.step, place)
+        for key, value in _told(self.trainee).items():
+            if told.get(key) != value:
+                logger.info("%s was %s and is now %s: dropout or rounding may differ", key, told.get(key), value)
+
+    def _received(self, own: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Rank 0's tensor, on this worker's device."""
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        if own is not None:
+            tensor.copy_(own)
+        broadcast(tensor, self.world)
+        return tensor
+
+
+def _identity(trainee: Trainee, guidance: Guidance) -> dict[str, Any]:
+    """What the global batches and the loss are a function of."""
+    config, cache = trainee.config, guidance.cache
+    guide = cache.fingerprint if cache else guide_fingerprint(trainee.guide) if trainee.guide else None
+    return {key: value for key, value in computed_values(config).items() if key not in PLACES} | {
+        "data": trainee.corpus.manifest["content"],
+        "weights": [source.weight for source in config.data.sources],
+        "student": guide_fingerprint(trainee.student),
+        "guide": guide,
+    }
+
+
+def _told(trainee: Trainee) -> dict[str, Any]:
+    """What may change, though not bit for bit the same numbers come out."""
+    batch = trainee.config.batch
+    return {
+        "torch": torch.__version__,
+        "device": trainee.student.device.type,
+        "batch.chunk_tokens": batch.chunk_tokens,
+        "batch.loss_gb": batch.loss_gb,
+    }
+
+
+def _layout(snapshot: Snapshot) -> tuple[int, list[int], dict[str, dict[str, tuple[torch.Size, torch.dtype]]]]:
+    """What the other workers have to know before they receive its tensors."""
+    return snapshot.step, snapshot.facts["skipped"], {file: _forms(t) for file, t in snapshot.tensors.items()}
+
+
+def _forms(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

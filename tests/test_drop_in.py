@@ -1,0 +1,156 @@
+"""Our loss inside sentence-transformers' own trainer, beside theirs."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer import losses
+from tiny import run_group, save_tiny_model, words
+
+from gist_dist.collectives import World
+from gist_dist.drop_in import CachedGISTEmbedLoss
+
+Columns = list[list[str]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return save_tiny_model(folder / "student", seed=1), save_tiny_model(folder / "guide", width=16, layers=1, seed=2)
+
+
+def columns(num_rows: int = 17, num_negatives: int = 1) -> Columns:
+    """No text twice."""
+    rng = random.Random(5)
+    texts = list({words(rng, 3, 12): None for _ in range(10 * num_rows)})
+    return [texts[i * num_rows : (i + 1) * num_rows] for i in range(2 + num_negatives)]
+
+
+def load(models: tuple[Path, Path]) -> tuple[SentenceTransformer, SentenceTransformer]:
+    student, guide = (SentenceTransformer(str(folder), device="cpu").double().eval() for folder in models)
+    return student, guide
+
+
+def gradients(loss: torch.nn.Module, model: SentenceTransformer, texts: Columns) -> tuple[float, dict[str, Any]]:
+    value = loss([model.preprocess(column) for column in texts], torch.empty(0))
+    value.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert sum(g.abs().sum() for g in found.values()) > 0.1
+    return value.item(), found
+
+
+def assert_close(one: tuple[float, dict[str, Any]], other: tuple[float, dict[str, Any]], tolerance: float) -> None:
+    assert one[0] == pytest.approx(other[0], abs=tolerance) and one[1].keys() == other[1].keys()
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(gradient, other[1][name], rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"margin": 0.02}, {"margin": 0.05, "margin_strategy": "relative", "contrast_anchors": False}],
+    ids=["absolute", "relative"],
+)
+def test_equals_theirs_where_no_text_comes_twice(models, options):
+    texts, (student, guide) = columns(), load(models)
+    mine = gradients(CachedGISTEmbedLoss(student, guide, 0.05, chunk_tokens=60, **options), student, texts)
+    student, guide = load(models)
+    assert_close(mine, gradients(losses.CachedGISTEmbedLoss(student, guide, 0.05, 5, **options), student, texts), 1e-9)
+
+
+def test_a_guide_that_can_not_read_the_token_ids_is_given_the_decoded_texts(models):
+    texts, (student, guide) = columns(), load(models)
+    guide.max_seq_length = 6
+    mine = CachedGISTEmbedLoss(student, guide, 0.05, margin=0.02)
+    assert not mine.guide_reads_ids
+    found = gradients(mine, student, texts)
+    student, guide = load(models)
+    guide.max_seq_length = 6
+    theirs = losses.CachedGISTEmbedLoss(student, guide, 0.05, 5, margin=0.02)
+    assert_close(found, gradients(theirs, student, texts), 1e-9)
+
+
+def test_copies_of_the_positive_are_no_negatives(models):
+    student, guide = load(models)
+    anchors, positives = columns(num_rows=4, num_negatives=0)
+    copied = [anchors, [positives[0]] * 4]
+    options = {"contrast_anchors": False, "contrast_positives": False}
+    mine = CachedGISTEmbedLoss(student, guide, 0.05, **options)
+    with torch.no_grad():
+        assert mine([student.preprocess(column) for column in copied]).item() == 0
+        theirs = losses.CachedGISTEmbedLoss(student, guide, 0.05, 5, **options)
+        assert theirs([student.preprocess(column) for column in copied], torch.empty(0)).item() > 1
+
+
+def test_dropout_is_replayed_whatever_is_kept(models):
+    """Both passes draw alike: a step that keeps all graphs, and so encodes once, has the same gradients."""
+    found, texts = [], columns()
+    for activation_gb in (0.0, 1.0):
+        student, guide = load(models)
+        student.train()
+        torch.manual_seed(7)
+        loss = CachedGISTEmbedLoss(student, guide, 0.05, chunk_tokens=60, activation_gb=activation_gb)
+        found.append(gradients(loss, student, texts))
+        after = torch.rand(3)
+    torch.manual_seed(8)
+    student, guide = load(models)
+    student.train()
+    other = gradients(CachedGISTEmbedLoss(student, guide, 0.05, chunk_tokens=60), student, texts)
+    assert_close(found[0], found[1], 1e-12)
+    assert abs(other[0] - found[0][0]) > 1e-6, "dropout was off"
+    torch.manual_seed(7)
+    torch.randint(2**62, ())
+    assert torch.equal(after, torch.rand(3)), "the loss disturbed the trainer's random numbers"
+
+
+def _share(world: World, models: tuple[Path, Path], texts: Columns) -> tuple[float, dict[str, Any]]:
+    student, guide = load(models)
+    own = [column[world.rank :: world.size] for column in texts]  # 9 and 8 rows
+    loss = CachedGISTEmbedLoss(student, guide, 0.05, margin=0.02, chunk_tokens=60, gather_across_devices=True)
+    value, found = gradients(loss, student, own)
+    for gradient in found.values():  # as DDP does it
+        dist.all_reduce(gradient)
+        gradient /= world.size
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item() / world.size, found
+
+
+def test_two_devices_have_the_gradient_of_one_big_batch(tmp_path, models):
+    texts, (student, guide) = columns(), load(models)
+    alone = gradients(CachedGISTEmbedLoss(student, guide, 0.05, margin=0.02), student, texts)
+    assert_close(run_group(_share, 2, tmp_path, models, texts)[0], alone, 1e-10)
+
+
+def test_trains_in_their_trainer(tmp_path, models):
+    from datasets import Dataset
+
+    student, guide = (SentenceTransformer(str(folder), device="cpu") for folder in models)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    anchors, positives = columns(num_rows=32, num_negatives=0)
+    arguments = SentenceTransformerTrainingArguments(
+        str(tmp_path), per_device_train_batch_size=16, gradient_accumulation_steps=2, num_train_epochs=2,
+        learning_rate=1e-3, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SentenceTransformerTrainer(
+        model=student,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"anchor": anchors, "positive": positives}),
+        loss=CachedGISTEmbedLoss(student, guide, temperature=0.05, chunk_tokens=100),
+    )
+    result = trainer.train()
+    assert result.global_step == 2 and 0 < result.training_loss < 10
+    moved = [name for name, p in student.named_parameters() if not torch.equal(before[name], p)]
+    assert len(moved) > 10 and not any(p.requires_grad for p in guide.parameters())
+
+
+def test_says_what_it_can_not_use(models):
+    student, guide = load(models)
+    loss = CachedGISTEmbedLoss(student, guide)
+    with pytest.raises(ValueError, match="pools without its prompt"):
+        loss([student.preprocess(["a"]) | {"prompt_length": 3}] * 2)
+    with pytest.raises(ValueError, match="needs input_ids"):
+        loss([{"sentence_embedding": torch.zeros(1, 2)}] * 2)

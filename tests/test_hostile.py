@@ -1,0 +1,279 @@
+"""Input from strangers: answered in a sentence or put to use; nothing executed, nothing left outside its folder."""
+
+import ast
+import json
+import os
+import pickle
+import re
+import shutil
+import time
+from pathlib import Path
+
+import fuzz
+import pytest
+import tiny
+import yaml
+
+from gist_dist import redact
+from gist_dist.cli import main
+from gist_dist.config import SourceConfig, load_recipe, parse_config
+from gist_dist.data.sources import Source
+from gist_dist.encoder import Student
+from gist_dist.errors import UserError
+from gist_dist.hub import go_offline_if_unreachable
+from gist_dist.plain_yaml import load_plain
+
+CASES = {
+    "yaml": 100, "recipes": 40, "sources": 60, "corpora": 25, "guide_caches": 60, "tasks": 40, "checkpoints": 60,
+    "reports": 4,
+}  # fmt: skip
+MENDED = ("guide_caches", "checkpoints", "reports")
+"""Where what is damaged is made again, passed over or shown as it is."""
+MINIMAL = "name: run\nstudent: {model: m}\ndata: {sources: [{path: a}]}\n"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def models(shared) -> fuzz.Models:
+    return fuzz.models(shared)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("target", CASES)
+def test_hostile_input_works_or_is_refused_in_a_sentence(target, tmp_path, shared, models):
+    assert set(CASES) == set(fuzz.TARGETS)
+    outcomes = {"worked": 0, "refused": 0}
+    for seed in range(CASES[target]):
+        outcome = fuzz.run_case(target, seed, tmp_path / str(seed), shared)
+        outcomes["refused" if outcome.startswith("refused") else "worked"] += 1
+        shutil.rmtree(tmp_path / str(seed))
+    assert outcomes["worked"], "nothing but refusals tests little"
+    assert outcomes["refused"] or target in MENDED, "none of it was hostile"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: a\nname: b\n", "line 2: key 'name' is there twice; keep one"),
+        ("a: &a [*a]\n", "line 1: a value that contains itself"),
+        ("[" * 5000, "it is nested too deeply"),
+        ("seed: 0x" + "f" * 9000, "is no int that can be read"),
+        ("seed: " + "9" * 5000, "is no int that can be read"),
+        ("name: 2024-99-99", "line 1: '2024-99-99' is no timestamp that can be read"),
+        ("name: !!timestamp nope", "line 1: 'nope' is no timestamp that can be read"),
+        ("name: !!bool perhaps", "line 1: 'perhaps' is no bool that can be read"),
+        ("name: !!int ''", "line 1: '' is no int that can be read"),
+        ("name: !!binary aGk=", "could not determine a constructor for the tag 'tag:yaml.org,2002:binary'"),
+        ("a: " + "b" * 2**22, "at most 4,194,304 are read"),
+        (MINIMAL + "output_dir: ~nobody_here/x", "output_dir: there is no user ~nobody_here with a home folder"),
+        (MINIMAL + 'output_dir: "a\\0b"', "output_dir: a path has no NUL character"),
+        (
+            MINIMAL + f"output_dir: {'a' * 300}",
+            "output_dir: a path has at most 4095 bytes, and 255 between two slashes",
+        ),
+        (
+            MINIMAL + "batch: {global_size: 1000000000000000000}",
+            "batch: global_size = 1000000000000000000: at most 1e+12",
+        ),
+        (MINIMAL + "cluster: {runtime_env: {env_vars: 5}}", "env_vars are names with texts"),
+        (MINIMAL.replace("run", "../run"), "name = '../run': string should match pattern"),
+    ],
+)
+def test_what_is_no_recipe_is_told_in_a_line(tmp_path, capsys, text, expected):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    assert main(["plan", str(recipe)]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gist-dist: ")]
+    assert expected in line and len(line) < 1000
+
+
+def test_a_bomb_of_aliases_is_refused_before_it_is_built():
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    for text in (
+        bomb,
+        "x: &x {p: 1}\n" + "y: &y\n  <<: [" + "*x, " * 1100 + "*x]\nz:\n  <<: [" + "*y, " * 1100 + "*y]\n",
+    ):
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=r"with its aliases it has .* values; at most 1,000,000 are read"):
+            load_plain(text)
+        assert time.monotonic() - started < 3
+
+
+def test_aliases_share_nothing(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: run\nstudent: &m {model: m}\nguide: *m\ndata: {sources: [{path: a}]}\n")
+    config = load_recipe(str(path), ["guide.model=other"])
+    assert (config.student.model, config.guide.model) == ("m", "other")
+
+
+@pytest.mark.parametrize(
+    "override", ["data.sources.²=1", "data.sources.99999999999999999999=1", "data.sources.-1.path=x"]
+)
+def test_indices_that_are_none(tmp_path, override):
+    path = tmp_path / "r.yaml"
+    path.write_text(MINIMAL)
+    with pytest.raises(UserError, match="is no index of a list of 1"):
+        load_recipe(str(path), [override])
+
+
+def test_an_answer_is_no_book(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"{MINIMAL}optim:\n  ? {'x' * 100_000}\n  : 1\n")
+    with pytest.raises(UserError, match=r"unknown key 'optim.'xxx.*xxx''; known here: ") as caught:
+        load_recipe(str(path))
+    assert len(str(caught.value)) < 1000
+    assert len(str(UserError("a" * 10**6))) < 5000
+
+
+def test_options_out_of_range_are_told_like_a_recipe(capsys):
+    assert main(["evaluate", "model", "--tasks", "STS12", "--batch-size", "0"]) == 1
+    said = capsys.readouterr().err
+    assert said == "gist-dist: gist-dist evaluate: batch_size = 0: input should be greater than or equal to 1\n"
+
+
+def test_a_hub_that_speaks_no_http_is_out_of_reach(monkeypatch):
+    for endpoint in ("http://[::1", "https://a b", "nope", "ftp://x\r\ny"):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        go_offline_if_unreachable.cache_clear()
+        assert go_offline_if_unreachable()
+    go_offline_if_unreachable.cache_clear()
+
+
+class Payload:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_the_package_unpickles_and_evaluates_nothing():
+    """But Ray, for what one of our processes sends another."""
+    forbidden = {"eval", "exec", "compile", "pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    package = Path(redact.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            where = f"{path.name}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name.split(".")[0] for alias in node.names} | {
+                    (getattr(node, "module", "") or "").split(".")[0]
+                }
+                assert not names & forbidden, where
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {*forbidden, "yaml.load", "torch.load", "os.system", "os.popen"}, where
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("shell", "False") == given.get("allow_pickle", "False") == "False", where
+
+
+@pytest.mark.parametrize("attack", ["weights", "auto_map", "module", "tokenizer"])
+def test_a_model_runs_no_code_unless_the_recipe_says_so(tmp_path, models, attack, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, mark = tmp_path / "model", tmp_path / "EXECUTED"
+    shutil.copytree(models.student, folder)
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Evil: pass\n")
+    if attack == "weights":
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(mark)))
+    elif attack == "module":
+        modules = json.loads((folder / "modules.json").read_text())
+        modules[0]["type"] = "evil.Evil"
+        (folder / "modules.json").write_text(json.dumps(modules))
+    else:
+        name = "config.json" if attack == "auto_map" else "tokenizer_config.json"
+        described = json.loads((folder / name).read_text())
+        described["auto_map"] = {
+            "AutoConfig": "evil.Evil",
+            "AutoModel": "evil.Evil",
+            "AutoTokenizer": ["evil.Evil", None],
+        }
+        described |= {"model_type": "evil"} if attack == "auto_map" else {"tokenizer_class": "Evil"}
+        (folder / name).write_text(json.dumps(described))
+    tree = tiny.recipe(tmp_path / "out", folder, None, tmp_path / "x.jsonl")
+    try:
+        Student(parse_config(tree).student)
+    except UserError as error:
+        assert str(error).startswith("student.model: ") and "Traceback" not in str(error)
+    assert not mark.exists()
+
+
+def test_a_dataset_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mark = tmp_path / "EXECUTED"
+    for name in ("evil.py", "evil"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name.removesuffix('.py')}.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+        with pytest.raises(UserError, match="no arrow, csv, jsonl, parquet file in folder"):
+            Source(SourceConfig(path=name), 0, None)
+        shutil.rmtree(folder)
+    (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(Payload(mark)))
+    for path in ("evil.py", "x.pkl", "pandas", "json", "text", "nobody/evil"):
+        with pytest.raises(UserError):
+            Source(SourceConfig(path=path), 0, None)
+    assert not mark.exists()
+
+
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}"
+
+
+def test_the_report_and_the_card_escape_what_texts_bring(tmp_path):
+    from test_report import make_run, write_result
+
+    from gist_dist.model_card import write_model_card
+    from gist_dist.report import build_report
+
+    run = make_run(tmp_path / "run", steps=20)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["student"] |= {"model": MARKUP, "prompts": {"anchor": MARKUP}, "trust_remote_code": True}
+    config["guide"] |= {"model": MARKUP, "trust_remote_code": True}
+    config["data"]["sources"] = [{"name": MARKUP, "path": MARKUP}]
+    config["evaluate"]["tasks"] += [MARKUP]
+    config["environment"] |= {"platform": MARKUP, "git_commit": MARKUP}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    data = json.loads((run / "data.json").read_text())
+    data["sources"] = data["reports"] = [
+        {
+            "name": MARKUP,
+            "path": MARKUP,
+            "rows_read": 100,
+            "rows_used": 50,
+            "dropped": {MARKUP: 50},
+            "first_dropped": [MARKUP],
+        }
+    ]
+    (run / "data.json").write_text(json.dumps(data))
+    lines = [json.loads(line) | {"sources": {MARKUP: 256}} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "mteb" / "failures.json").write_text(json.dumps({"trained": {MARKUP: MARKUP}}))
+    for label in ("baseline", "trained"):
+        write_result(run / "mteb" / label, "Mine", 0.5, MARKUP, MARKUP)
+    if (write_examples := examples_of(MARKUP)) is not None:
+        (run / "masked_examples.json").write_text(json.dumps(write_examples))
+    summary = build_report(run)
+    page = (run / "report.html").read_text()
+    assert page.count("&lt;script&gt;") > 10
+    write_model_card(run)
+    whole_card = (run / "model" / "README.md").read_text()
+    card = re.sub(r"```.*?```", "", whole_card, flags=re.S)  # code is shown as it is
+    for text in (page, card.split("\n---\n", 1)[1]):
+        assert "<script>alert" not in text and "<img src=x" not in text
+    assert 'onerror="' not in page and "{{" in page
+    assert sum("trust_remote_code was on" in warning for warning in summary.warnings) == 2
+    assert "trust_remote_code: true" in whole_card
+
+
+def examples_of(text):
+    from gist_dist.report.run import EXAMPLE_KEYS
+
+    example = dict.fromkeys(EXAMPLE_KEYS, 0.5) | dict.fromkeys(
+        ("chosen", "source", "anchor", "positive", "candidate"), text
+    )
+    return {"examples": [example | {"block": "ap", "row": 3}], "step": 1}

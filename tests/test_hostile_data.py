@@ -1,0 +1,222 @@
+"""Data files, prepared corpora and evaluation sets that are odd, damaged or meant to harm."""
+
+import gzip
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fuzz
+import numpy as np
+import pyarrow as pa
+import pytest
+import tiny
+import yaml
+
+from gist_dist.cli import main
+from gist_dist.config import SourceConfig, parse_config
+from gist_dist.data import formats, merge, places
+from gist_dist.data.corpus import MANIFEST, prepare
+from gist_dist.data.sources import Source
+from gist_dist.encoder import Guide, Student
+from gist_dist.errors import UserError
+from gist_dist.evaluation_sets import own_task
+from gist_dist.files import sealed, unsealed
+
+ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="module")
+def models(shared) -> fuzz.Models:
+    return fuzz.models(shared)
+
+
+def source(path, **values) -> Source:
+    return Source(SourceConfig(path=str(path), **values), 0, None)
+
+
+def test_links_that_lead_in_circles_give_every_row_once(tmp_path):
+    tiny.write_jsonl(tmp_path / "x.jsonl", ROWS)
+    (tmp_path / "deep").mkdir()
+    for name in ("a", "b", "deep/c"):
+        (tmp_path / name).symlink_to(tmp_path)
+    (tmp_path / "broken.jsonl").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    started = time.monotonic()
+    for path in (
+        tmp_path,
+        f"{tmp_path}/**/*.jsonl",
+        f"{tmp_path}/**",
+        f"{tmp_path}/*.jsonl",
+        f"file://{tmp_path}/**/*.jsonl",
+    ):
+        assert len(list(source(path).read())) == len(ROWS), path
+    assert time.monotonic() - started < 2
+
+
+def test_a_linked_folder_is_read(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    tiny.write_jsonl(tmp_path / "elsewhere" / "x.jsonl", ROWS)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    for path in (tmp_path / "data", f"{tmp_path}/data/**/*.jsonl"):
+        assert len(list(source(path).read())) == len(ROWS)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives up root's rights to lose the right to read")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    code = (
+        "import os, sys; from gist_dist.data.sources import Source; from gist_dist.config import SourceConfig\n"
+        "from gist_dist.errors import UserError; os.setgroups([]); os.setuid(65534)\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: Source(SourceConfig(path=path), 0, None)\n"
+        "    except UserError as error: print(error)"
+    )
+    for folder in (tmp_path, *list(tmp_path.parents)[:-1]):
+        folder.chmod(folder.stat().st_mode | 0o711) if folder.is_relative_to("/tmp/pytest-of-root") else None
+    paths = [str(tmp_path / "closed"), str(tmp_path / "closed" / "x.jsonl")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=60)
+    if "Permission" in done.stderr and not done.stdout:
+        pytest.skip("the code itself can't be read by others here")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all("Permission denied" in line for line in lines), done
+
+
+def test_a_text_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "CELL_BYTES", 10_000)
+    monkeypatch.setattr(formats, "READ_BYTES", 4096)
+    for name, begin in (("x.jsonl", b'{"anchor": "'), ("x.json", b'[{"anchor": "'), ("x.csv", b"anchor,positive\na,")):
+        path = tmp_path / f"{name}.gz"
+        path.write_bytes(gzip.compress(begin + b"a" * 10**6))
+        with pytest.raises(UserError, match=f"{path.name} line 1|{path.name} line 2"):
+            list(source(path).read())
+
+
+def test_offsets_that_point_elsewhere_are_not_followed(tmp_path):
+    path, table = tmp_path / "x.arrow", pa.table({"anchor": ["amber", "basin"], "positive": ["cedar", "delta"]})
+    with pa.ipc.new_file(str(path), table.schema) as file:
+        file.write_table(table)
+    content, offsets = path.read_bytes(), np.array([0, 5, 10], np.int32).tobytes()
+    assert content.count(offsets) == 2
+    path.write_bytes(content.replace(offsets, np.array([0, 5, 2**30], np.int32).tobytes()))
+    with pytest.raises(UserError, match=r"x.arrow can't be read"):
+        list(source(path).read())
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("s"), pa.date64(), pa.duration("s")])
+def test_times_that_python_does_not_have(tmp_path, kind):
+    path = tmp_path / "x.arrow"
+    table = pa.table({"anchor": ["a"], "positive": ["b"], "task": pa.array([2**62], pa.int64()).view(kind)})
+    with pa.ipc.new_file(str(path), table.schema) as file:
+        file.write_table(table)
+    with pytest.raises(UserError, match=r"x.arrow can't be read: "):
+        list(source(path, split_by="task").read())
+
+
+def test_a_million_columns_are_not_listed(tmp_path):
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", [{f"column {i} {'x' * 300}": "a" for i in range(2000)}])
+    with pytest.raises(UserError, match=r"and 1,980 more\); set columns.anchor") as caught:
+        source(path)
+    assert len(str(caught.value)) < 6000
+
+
+def test_a_glob_with_a_range_that_is_none(tmp_path):
+    tiny.write_jsonl(tmp_path / "x.jsonl", ROWS)
+    assert re.fullmatch(places._glob_regex("[z-a]"), "b") is None
+    for path in (f"file://{tmp_path}/[z-a].jsonl", f"{tmp_path}/[z-a].jsonl", f"{tmp_path}/**/[z-a].jsonl"):
+        with pytest.raises(UserError, match="no file matches"):
+            source(path)
+
+
+VALUES = ["../../escaped", "/escaped", "a\nb", "<img src=x onerror=alert(1)>", "\x1b[2J", ".", "CON", "a" * 200, "é"]
+
+
+def test_values_of_a_column_name_sources_and_nothing_on_disk(tmp_path, models, capsys):
+    rows = [row | {"task": value} for row in ROWS for value in VALUES]
+    path = tiny.write_jsonl(
+        tmp_path / "data.jsonl", [*rows, *(ROWS[0] | {"task": bad} for bad in ("x" * 201, "\ud800"))]
+    )
+    place = tmp_path / "a" / "b"
+    tree = tiny.recipe(place / "out", models.student, None, path, batch={"global_size": 4})
+    tree["data"]["sources"][0]["split_by"] = "task"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    assert main(["plan", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and not [line for line in shown.splitlines() if line.startswith("b ")]
+    _, corpus = tiny.prepared(tree)
+    assert set(corpus.source_names) == {f"data/{value}" for value in VALUES}
+    assert corpus.manifest["reports"][0]["dropped"] == {
+        "'task' (split_by) has more than 200 characters, too long for a name": 1,
+        "'task' (split_by) has a lone surrogate": 1,
+    }
+    made = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
+    assert made == {"a", "data.jsonl", "recipe.yaml"} and not Path("/escaped").exists()
+    assert {path.name for path in place.rglob("*") if path.is_file()} == {MANIFEST, *corpus.manifest["files"]}
+
+
+def test_a_column_that_tells_rows_apart_makes_no_sources(tmp_path, models, monkeypatch):
+    monkeypatch.setattr(merge, "MAX_SOURCES", 5)
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", [row | {"task": str(i)} for i, row in enumerate(ROWS)])
+    tree = tiny.recipe(tmp_path / "out", models.student, None, path, batch={"global_size": 4})
+    tree["data"]["sources"][0]["split_by"] = "task"
+    with pytest.raises(UserError, match=r"data.sources\[0\].split_by = task: the column has 8 values, and at most 5"):
+        tiny.prepared(tree)
+
+
+def test_every_flipped_byte_of_a_corpus_is_found(tmp_path, models):
+    config = parse_config(fuzz.good_recipe(tmp_path, models.student.parent))
+    student, guide = Student(config.student), Guide(config.guide)
+    corpus = prepare(config, student, guide, progress=lambda line: None)
+    rng = random.Random(0)
+    for path in sorted(path for path in corpus.folder.iterdir() if path.is_file()):
+        content = path.read_bytes()
+        for at in rng.sample(range(len(content)), 4):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            with pytest.raises(UserError, match=r"is damaged .*; remove it, and it is prepared again"):
+                prepare(config, student, guide, progress=lambda line: None)
+        path.write_bytes(content)
+    assert prepare(config, student, guide, progress=lambda line: None).manifest == corpus.manifest
+
+
+def test_a_manifest_that_was_edited_is_refused():
+    tree = {"files": {"a.npy": ["00", 1]}, "rows": [1.5, None, "é"]}
+    assert unsealed(sealed(tree)) == tree
+    for edited in (sealed(tree).replace(b"a.npy", b"../a.npy"), b"[]", b"{}", b"1", b"", b"\xff", b"[" * 10**5):
+        with pytest.raises(ValueError, match=r"it is not the JSON that was written|its checksum is wrong"):
+            unsealed(edited)
+
+
+def test_labels_and_numbers_that_are_none(tmp_path):
+    folder = tmp_path / "MySet"
+    folder.mkdir()
+    for rows, expected in (
+        ([{"text": "a", "label": ["x"]}], r"row 1: column 'label' is \['x'\], not a word or number"),
+        ([{"text": "\ud800", "label": 1}], "row 1: column 'text' has a lone surrogate"),
+        ([{"text": "a", "label": None}], "row 1: column 'label' is empty"),
+    ):
+        for split in ("train", "test"):
+            tiny.write_jsonl(folder / f"{split}.jsonl", rows)
+        with pytest.raises(UserError, match=expected):
+            own_task("MySet", folder, "1").load_data()
+    (folder / "train.jsonl").unlink()
+    rows = [{"sentence1": "a", "sentence2": "b", "score": 10**400}]
+    tiny.write_jsonl(folder / "test.jsonl", rows)
+    with pytest.raises(UserError, match="row 1: column 'score' is 1000"):
+        own_task("MySet", folder, "1").load_data()
+    (folder / "test.jsonl").write_text("[" * 10**5)
+    with pytest.raises(UserError, match=r"test.jsonl: can't be read"):
+        own_task("MySet", folder, "1").load_data()
+    (folder / "test.jsonl").unlink()
+    os.mkfifo(folder / "test.jsonl")  # opened, it would wait for a writer
+    with pytest.raises(UserError, match="no evaluation set"):
+        own_task("MySet", folder, "1")

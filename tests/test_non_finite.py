@@ -1,0 +1,146 @@
+"""A loss or gradient that is not finite: named with its rows, the state before it kept, or skipped and counted."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from tiny_runs import STEPS, Runs, assert_same_run, checkpoints, complaint, curve, run_dir, weights
+
+from gist_dist.config import parse_config
+from gist_dist.data.corpus import prepare
+from gist_dist.encoder import Guide, Student
+from gist_dist.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("non-finite"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs) -> dict[str, Any]:
+    tree = runs.tree("undisturbed")
+    runs.train(tree)
+    return tree
+
+
+class BadEmbedding(Student):
+    """One text of step 3 has an embedding of NaN: the longest."""
+
+    steps = (3,)
+
+    def encode(self, texts, dropout_seed):
+        embeddings = super().encode(texts, dropout_seed)
+        if dropout_seed[1] not in self.steps or dropout_seed[2] != 0:
+            return embeddings
+        return embeddings * torch.ones_like(embeddings).index_fill(0, torch.tensor([0]), torch.nan)
+
+
+class BadTwice(BadEmbedding):
+    steps = (2, 3, 5)
+
+
+class BadGradient(Student):
+    """The backward pass of step 3 overflows, though the loss is fine."""
+
+    def encode(self, texts, dropout_seed):
+        embeddings = super().encode(texts, dropout_seed)
+        if dropout_seed[1] == 3 and embeddings.requires_grad:
+            embeddings.register_hook(lambda gradient: gradient * torch.inf)
+        return embeddings
+
+
+def rows_of_step_3(tree: dict[str, Any]) -> dict[str, Any]:
+    return json.loads((run_dir(tree) / "non_finite" / "step-00000003.json").read_text())
+
+
+def test_stop_names_the_step_and_its_rows_on_every_rank(runs, undisturbed):
+    tree = runs.tree("loss")
+    told = runs.train_on(2, "loss", complaint, tree, BadEmbedding)
+    assert told[0] == told[1] and told[0].startswith("UserError: step 3: the loss is nan; ")
+    facts = rows_of_step_3(tree)
+    assert facts["what"] == "loss" and facts["blamed_for"] == "the student's embedding is not finite"
+    # Which row has the longest text of the batch: found by other means.
+    config = parse_config(tree)
+    corpus = prepare(config, Student(config.student), Guide(config.guide), progress=lambda line: None)
+    numbers = np.array([row["row"] for row in facts["rows"]])
+    assert len(numbers) == curve(undisturbed)[2]["rows"]
+    at = np.array([np.flatnonzero(corpus.number == number)[0] for number in numbers])
+    lengths = [
+        max(corpus.student_lengths[[corpus.anchors[i], corpus.positives[i], *corpus.negatives_of(np.array([i]))]])
+        for i in at
+    ]
+    (blamed,) = (row["row"] for row in facts["rows"] if row["blamed"])
+    assert blamed in numbers[np.array(lengths) == max(lengths)]
+    assert f"the student's embedding is not finite of rows row {blamed} (counting from 0; all its rows" in told[0]
+    assert "the state before it is kept in" in told[0] and "optim.non_finite=skip" in told[0]
+    # It is kept: the step was not taken, and a student that is mended goes on from there.
+    assert checkpoints(tree) == [2] and [line["step"] for line in curve(tree)] == [1, 2]
+    assert runs.train(tree) == "finished"
+    assert_same_run(tree, undisturbed, 1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops_too(runs, undisturbed):
+    tree = runs.tree("gradient", checkpoint={"every_steps": None})
+    with pytest.raises(
+        UserError, match=r"step 3: the gradient norm is (nan|inf) in a batch of rows row \d+, .* and 11 more"
+    ):
+        runs.train(tree, student=BadGradient)
+    facts = rows_of_step_3(tree)
+    assert facts["what"] == "gradient" and not any(row["blamed"] for row in facts["rows"])
+    assert checkpoints(tree) == [2]  # which no schedule asked for
+    assert runs.train(tree) == "finished"
+    assert_same_run(tree, undisturbed)
+
+
+@pytest.mark.parametrize(("student", "what"), [(BadEmbedding, "loss"), (BadGradient, "gradient")])
+def test_a_skipped_step_changes_nothing(runs, undisturbed, student, what, caplog):
+    tree = runs.tree(f"skip-{what}", optim={"non_finite": "skip"}, checkpoint={"every_steps": 1, "keep": 9})
+    assert runs.train(tree, student=student) == "finished"
+    lines = curve(tree)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["skipped"] for line in lines] == [None, None, what, None, None, None]
+    assert lines[2]["grad_norm"] is None and (lines[2]["loss"] is None) == (what == "loss")
+    assert rows_of_step_3(tree)["rows"]
+    for file in ("model", "optimizer"):
+        before, after = (
+            load_file(run_dir(tree) / "checkpoints" / f"step-0000000{step}" / f"{file}.safetensors") for step in (2, 3)
+        )
+        assert all(np.array_equal(tensor, after[name]) for name, tensor in before.items())
+    assert lines[:2] == curve(undisturbed)[:2] and lines[3]["loss"] != curve(undisturbed)[3]["loss"]
+    assert all(np.isfinite(weight).all() for weight in weights(tree).values())
+    assert [r.message for r in caplog.records if "skipped, as 1 of at most 10 steps" in r.message]
+    # The same with an interruption right after it.
+    resumed = runs.from_checkpoint(tree, 3, f"skip-{what}-resumed")
+    assert runs.train(resumed, student=student) == "finished"
+    assert_same_run(resumed, tree)
+
+
+def test_skips_are_bounded_over_resumes(runs):
+    tree = runs.tree("bounded", optim={"non_finite": "skip", "max_skipped": 2}, checkpoint={"every_steps": 4})
+    told = (
+        r"step 5: the loss is nan; .*, and optim.max_skipped = 2 steps were skipped before; the state before it is kept"
+    )
+    with pytest.raises(UserError, match=told):
+        runs.train(tree, student=BadTwice)
+    with pytest.raises(UserError, match=told):
+        runs.train(tree, student=BadTwice)  # from step 4: what was skipped is remembered
+    more = tree | {"optim": tree["optim"] | {"max_skipped": 3}}
+    assert runs.train(more, student=BadTwice) == "finished"
+    assert [line["step"] for line in curve(tree) if line["skipped"]] == [2, 3, 5]
+
+
+def test_the_first_step_has_no_state_before_it(runs):
+    tree = runs.tree("first", student={"dropout": 0.1}, loss={"temperature": 1e-45})
+    with pytest.raises(UserError, match=r"step 1: the loss is (nan|inf).*the state before it is the untrained student"):
+        runs.train(tree)
+
+
+def test_rows_whose_own_loss_is_not_finite(runs):
+    """Embeddings are fine; the temperature makes every row's loss overflow."""
+    tree = runs.tree("own", loss={"temperature": 1e-45})
+    with pytest.raises(UserError, match=r"the loss is not finite of rows row \d+, \d+, \d+, \d+, \d+ and \d+ more"):
+        runs.train(tree)
