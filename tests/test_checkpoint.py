@@ -55,7 +55,7 @@ def undisturbed(runs) -> dict[str, Any]:
 # Exact resume
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
+@pytest.mark.parametrize("step", [1, 3, 4, STEPS])
 def test_resume_from_any_checkpoint_is_bit_equal(runs, undisturbed, step):
     resumed = runs.from_checkpoint(undisturbed, step, f"from-{step}")
     assert checkpoints(resumed) == list(range(1, step + 1)) and not (run_dir(resumed) / "model").exists()

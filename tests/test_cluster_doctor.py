@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 import yaml
 from ray_head import Head, end, plain_environment, ray_head
-from tiny import recipe, save_tiny_model, write_jsonl
+from tiny import recipe, run_group, save_tiny_model, write_jsonl
 
 from gist_dist.config import parse_config
 from gist_dist.doctor import Finding, Verdict, describe_node
+from gist_dist.on_ray.bandwidth import gather_seconds
 
 pytestmark = pytest.mark.ray
 
@@ -30,10 +32,13 @@ def tree(tmp_path_factory) -> dict:
     return recipe(folder / "runs", student, guide, rows, cluster={"num_workers": 1})
 
 
-def test_a_good_cluster_is_found_ready(ray_session, tree):
-    from gist_dist.on_ray.doctor import examine_cluster
+def test_a_good_cluster_is_found_ready(ray_session, tree, monkeypatch):
+    """But for the gathering: a Ray Train run is for the tests of two nodes."""
+    from gist_dist.on_ray import doctor
 
-    findings = examine_cluster(ray.get_runtime_context().gcs_address, parse_config(tree))
+    asked = []
+    monkeypatch.setattr(doctor, "measure_gather", lambda *arguments: asked.append(arguments[2]) or [])
+    findings = doctor.examine_cluster(ray.get_runtime_context().gcs_address, parse_config(tree))
     found = by_name(findings)
     assert Verdict(findings).healthy, Verdict(findings).lines()
     assert "1 node;" in found["Ray"].found
@@ -43,10 +48,14 @@ def test_a_good_cluster_is_found_ready(ray_session, tree):
     assert found["output_dir"].found == f"{tree['output_dir']}: is written"
     assert not list(Path(tree["output_dir"]).iterdir())
     assert {"student.model", "guide.model"} <= found.keys() and "evaluate.tasks" not in found
-    assert found["process group"].found.startswith("2 workers on 1 node, gloo, ready in ")
-    speeds = re.findall(r"(\d+) (k|M)B [\d.]+ (?:µs|ms) \(([\d.]+) GB/s\)", found["all-gather"].found)
-    assert [size for size, *_ in speeds] == ["64", "1", "16", "64"]
-    assert all(0.001 < float(speed) < 1000 for *_, speed in speeds)
+    assert asked == [2]
+
+
+def test_a_group_gathers_each_size_and_takes_longer_for_more(tmp_path):
+    (ours, theirs) = run_group(gather_seconds, 2, tmp_path, torch.device("cpu"), 0.05)
+    assert list(ours) == list(theirs) == ["64 kB", "1 MB", "16 MB", "64 MB"]
+    assert ours["64 MB"] > ours["16 MB"] > ours["1 MB"] > 0
+    assert 0.01 < 64e6 / 2 / ours["64 MB"] / 1e9 < 100
 
 
 def test_what_a_node_lacks_is_named_with_a_remedy(ray_session, tree, tmp_path):
@@ -144,6 +153,8 @@ def test_a_disk_that_only_one_node_has_is_found_out_from_outside(two_nodes, tree
     assert "2 nodes; 2 CPUs" in done.stdout
     assert "loads on every node" in done.stdout
     assert "2 workers on 2 nodes, gloo" in done.stdout
+    speeds = re.findall(r"(\d+) (?:k|M)B [\d.]+ (?:µs|ms) \(([\d.]+) GB/s\)", done.stdout)
+    assert [size for size, _ in speeds] == ["64", "1", "16", "64"] and float(speeds[-1][1]) > 0.001
     if healthy:
         assert "all 2 nodes write it and see each other's files" in done.stdout
         assert "ready to train" in done.stdout

@@ -185,12 +185,12 @@ def test_an_interrupted_evaluation_keeps_what_is_done_and_frees_what_runs(ray_se
     write_endless_set(tmp_path / "tasks" / "Endless")
     config = recipe(tmp_path, model, "Endless", "Fine")
     watch = starts()
-
-    def interrupt(label: str, task: str, *rest) -> None:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()  # while the driver waits for the other
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_models({"trained": str(model)}, config, tmp_path / "mteb", interrupt)
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        with pytest.raises(KeyboardInterrupt):  # once one is done, while the driver waits for the other
+            evaluate_models({"trained": str(model)}, config, tmp_path / "mteb", lambda *event: timer.start())
+    finally:
+        timer.cancel()
     assert sorted(read_results(tmp_path / "mteb" / "trained")) == ["Fine"]
     assert cpus_are_free(ray_session["CPU"]) and is_gone(watch.processes[0])
 

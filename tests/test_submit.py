@@ -262,7 +262,8 @@ def test_a_head_that_is_dead_or_stopped_is_told_within_seconds(monkeypatch):
 
 def test_without_the_token_nothing_is_told_and_the_token_is_never_shown(head, tmp_path):
     (tmp_path / "wrong").write_text("0" * 64)
-    with pytest.raises(UserError, match="asks for a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or give"):
+    # Which of the two: another test's Ray in this process may have left its own token.
+    with pytest.raises(UserError, match="token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or give"):
         connect(head.address)
     with pytest.raises(UserError, match="does not accept the token") as refusal:
         connect(head.address, tmp_path / "wrong")
@@ -355,14 +356,14 @@ def test_no_line_is_lost_or_doubled_when_connections_break(head, monkeypatch):
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.2)))
     with Relay(head.dashboard_port) as relay:
         client = connect(f"http://127.0.0.1:{relay.port}", head.token_file)
-        script = "import sys,time\nfor i in range(300): print('line', i); time.sleep(0.02)\nsys.exit(7)"
+        script = "import sys,time\nfor i in range(150): print('line', i); time.sleep(0.02)\nsys.exit(7)"
         job = client.submit_job(entrypoint=f'exec python -c "{script}"', submission_id="chatty")
         out = io.StringIO()
-        relay.lifetime_s = 0.8
+        relay.lifetime_s = 0.5
         details = follow(client, job, Log(out.write))
     assert relay.num_cut >= 3
     numbers = [int(n) for n in re.findall(r"^line (\d+)$", out.getvalue(), re.MULTILINE)]
-    assert numbers == list(range(300))
+    assert numbers == list(range(150))
     assert details.status == JobStatus.FAILED and exit_status(details) == 7
 
 

@@ -6,6 +6,9 @@ import time
 from statistics import median
 from typing import Any
 
+import torch
+
+from gist_dist.collectives import World, all_gather_rows, barrier, broadcast_object
 from gist_dist.config import ClusterConfig
 from gist_dist.doctor import Finding
 from gist_dist.on_ray.cluster import cpus_per_worker, gpus_per_worker
@@ -25,6 +28,10 @@ def measure_gather(cluster: ClusterConfig, resources: dict[str, float], num_work
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cpus, gpus = cpus_per_worker(cluster, resources), gpus_per_worker(cluster, resources)
+    free = ray.available_resources()
+    if num_workers * cpus > free.get("CPU", 0) or num_workers * gpus > free.get("GPU", 0):
+        found = f"not measured: {num_workers} workers have no room beside what runs there"
+        return [Finding("all-gather", "warn", found, "look again when no job runs")]
     folder = tempfile.mkdtemp(prefix="gist-dist-doctor-")  # made anew on the node that Ray's controller runs on
     backend = "nccl" if gpus else "gloo"
     started = time.monotonic()
@@ -66,17 +73,19 @@ def measure_gather(cluster: ClusterConfig, resources: dict[str, float], num_work
 
 
 def _gather(payload: dict[str, Any]) -> dict[str, Any]:
-    """Median seconds for each size. Every rank repeats as often as rank 0 says, which tries once first."""
+    """On a worker: what gather_seconds() gives, and over how many nodes."""
     import ray
-    import torch
     from ray.train.torch import get_device
-
-    from gist_dist.collectives import World, all_gather_rows, barrier, broadcast_object
 
     world = World.current()
     device = get_device() if payload["use_gpu"] else torch.device("cpu")
     node = torch.tensor([[float(int(ray.get_runtime_context().get_node_id()[:12], 16))]], dtype=torch.float64)
-    num_nodes = len(set(all_gather_rows(node.to(device), [1] * world.size, world).flatten().tolist()))
+    nodes = all_gather_rows(node.to(device), [1] * world.size, world).flatten().tolist()
+    return {"seconds": gather_seconds(world, device), "num_nodes": len(set(nodes))}
+
+
+def gather_seconds(world: World, device: torch.device, seconds_a_size: float = SECONDS_A_SIZE) -> dict[str, float]:
+    """Median time for each size. Every rank repeats as often as rank 0 says, which tries once first."""
     seconds = {}
     for name, num_bytes in SIZES.items():
         rows = torch.ones(max(1, num_bytes // (4 * WIDTH * world.size)), WIDTH, device=device)
@@ -90,9 +99,9 @@ def _gather(payload: dict[str, Any]) -> dict[str, Any]:
 
         gather()
         once = gather()
-        repeats = broadcast_object(min(MAX_REPEATS, max(3, int(SECONDS_A_SIZE / once))), world)
+        repeats = broadcast_object(min(MAX_REPEATS, max(3, int(seconds_a_size / once))), world)
         seconds[name] = median(gather() for _ in range(repeats))
-    return {"seconds": seconds, "num_nodes": num_nodes}
+    return seconds
 
 
 def _time(seconds: float) -> str:

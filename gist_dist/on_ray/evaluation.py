@@ -189,7 +189,7 @@ def _outcomes(
 ) -> Generator[tuple[Job, Score | str], None, None]:
     """Each job with its score or why it failed, as they end. Whatever still runs when the caller stops is killed."""
     # Attempts are counted here, not by Ray, so that each has its own time.
-    remote = ray.remote(max_retries=0, **_resources(cluster))(_evaluate)
+    remote = ray.remote(max_retries=0, num_returns="streaming", **_resources(cluster))(_evaluate)
 
     def start(job: Job) -> Any:
         return remote.remote(models[job.label], job.task, evaluate, folder / job.label)
