@@ -1,5 +1,6 @@
 """A Ray head of its own on loopback: dashboard, jobs, a token; it disturbs no other Ray of this machine."""
 
+import json
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -32,6 +34,12 @@ class Head:
     @property
     def token_file(self) -> Path:
         return self.folder / "token"
+
+    def get(self, path: str) -> Any:
+        """What the dashboard answers; OSError if it does not."""
+        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
 
     def environment(self) -> dict[str, str]:
         """Of a node: a Python with ray comes first, and no other cluster is found."""
@@ -97,11 +105,10 @@ def end(process: subprocess.Popen) -> None:
 
 
 def _wait_until_it_answers(head: Head) -> None:
-    request = urllib.request.Request(f"{head.address}/api/jobs/", headers={"Authorization": f"Bearer {head.token}"})
     deadline = time.monotonic() + 120
     while True:
         try:
-            urllib.request.urlopen(request, timeout=5).close()
+            head.get("/api/jobs/")
             return
         except OSError:
             log = (head.folder / "head.log").read_text()

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,10 @@ def two_nodes(tmp_path_factory):
     with ray_head(num_cpus=1) as head:
         second = _second_node(head, folder)
         try:
+            deadline = time.monotonic() + 60
+            while head.get("/api/v0/nodes")["data"]["result"]["total"] < 2:
+                assert time.monotonic() < deadline, (head.folder / "second.log").read_text()
+                time.sleep(0.3)
             yield head, folder
         finally:
             end(second)

@@ -19,7 +19,7 @@ from gist_dist.metrics import read_metrics
 from gist_dist.run_lock import LOCK_NAME
 from gist_dist.trainer import train
 
-STEPS = 40
+STEPS = 200
 
 
 def test_requests_are_counted_and_handlers_put_back():
@@ -145,7 +145,7 @@ def test_interrupt_while_it_prepares_or_starts(tmp_path, number, moment):
         run.wait_for(lambda: run.said(moment), moment)
         time.sleep(0.3)
         os.killpg(run.command.pid, number)
-        assert run.finish(120) == 130
+        assert run.finish(120) == 130, run.tail()
         assert "Traceback" not in run.output.read_text(), run.tail()
         run.start()
         assert run.finish(300) == 0, run.tail()

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import ray
 from ray.exceptions import (
@@ -247,6 +247,7 @@ def _resources(cluster: ClusterConfig) -> dict[str, float]:
     return {"num_cpus": float(min(cpus, largest) or cpus), "num_gpus": gpus}
 
 
+@no_type_check  # checked, it would be wrapped under pytest, and Ray streams from plain generator functions only
 def _evaluate(model: Model, task: str, evaluate: EvaluateConfig, folder: Path) -> Iterator[Started | Score]:
     # Ray ends a worker process after a task that held a GPU and uses it again after one that held none, which
     # saves the imports.

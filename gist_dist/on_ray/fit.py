@@ -55,10 +55,11 @@ def fit(
     except UserError:
         raise
     except Exception as error:
-        silence = watch.silence()
-        if silence and requests.requested:  # SIGTERM to all processes of a local Ray ends it too
+        sentence = watch.silence() or _explain(error, config, logs[0])
+        if requests.requested:  # SIGTERM to all processes of a command ends a local Ray as well
+            logger.warning("stopped without another checkpoint: %s", sentence)
             raise KeyboardInterrupt from error
-        raise UserError(silence or _explain(error, config, logs[0])) from error
+        raise UserError(sentence) from error
     finally:
         withdraw(run_dir, STOP, RESIZE, READY)
         shutil.rmtree(run_dir / ".ray", ignore_errors=True)
