@@ -28,7 +28,7 @@ from gist_dist.on_ray.room import check_room
 
 pytestmark = pytest.mark.ray
 
-STEPS = 600
+STEPS = 4000
 
 
 @pytest.fixture(scope="module")
