@@ -15,7 +15,7 @@ help:
 	@echo "make chaos        inject faults into real runs and rewrite the table of docs/reliability.md"
 	@echo "make fuzz         hostile input for 10 minutes (ARGS='--seconds 3600' for an hour, '--target sources --seed 7' for one case)"
 	@echo "make bench        short versions of all benchmarks, about 15 minutes (ARGS=step for one)"
-	@echo "make lint         ruff check and ruff format --check"
+	@echo "make lint         ruff check, ruff format --check and mypy"
 	@echo "make setup        only make the environment in $(VENV)"
 	@echo "make clean        remove caches, builds and quickstart/ ($(VENV) and runs/ stay)"
 
@@ -55,7 +55,8 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf quickstart build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf quickstart build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find gist_dist tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

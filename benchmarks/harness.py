@@ -77,8 +77,11 @@ def interleave(
 ) -> dict[str, Samples]:
     """Call every side once for its memory, then all sides in turns for their time, every other round in reverse.
 
+    On a CPU a side is called twice in its turn and the second call is timed: as in a training, where a step follows a
+    step and finds the memory of the last one still the process's, and not what the other side has left.
+
     budget_s: no further round begins when it would end after so many seconds; one round always runs. cold: sides that
-    take too long to be called once more; their first round counts, memory and all. world: every worker calls this with
+    take too long to be called once more; their memory is that of the first turn. world: every worker calls this with
     the same sides; a call then ends when it has ended on all.
     """
     world, device = world or World(), torch.device(device)
@@ -94,6 +97,8 @@ def interleave(
             break
         for name in list(sides) if number % 2 == 0 else reversed(list(sides)):
             with measured_memory(samples[name], device) if number == 0 and name in cold else nullcontext():
+                if device.type == "cpu":
+                    sides[name]()
                 samples[name].seconds.append(timed(sides[name], world, device))
     return samples
 

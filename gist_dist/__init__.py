@@ -28,8 +28,10 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'gist_dist' has no attribute '{name}'")
-    module, _, attribute = _HOMES[name].partition(":")
-    return getattr(import_module(module), attribute)
+if not TYPE_CHECKING:  # to which every name would then be there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'gist_dist' has no attribute '{name}'")
+        module, _, attribute = _HOMES[name].partition(":")
+        return getattr(import_module(module), attribute)

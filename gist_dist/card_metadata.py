@@ -30,10 +30,11 @@ def metadata_yaml(run: Run) -> str:
     data.add_tags(["gist_dist", "gistembed", *[f"dataset_size:{rows}"] * bool(rows), *["mteb"] * bool(results)])
     data.base_model = student if on_hub(student) else None
     data.datasets = list(dict.fromkeys(s["path"] for s in run.config["data"]["sources"] if on_hub(s["path"], run)))
-    fields = {name: value for name in YAML_FIELDS if (value := getattr(data, name, None))}
+    fields: dict[str, Any] = {name: value for name in YAML_FIELDS if (value := getattr(data, name, None))}
     metrics = list(dict.fromkeys(result.metric_type for result in results))
-    scores = {"model_name": run.name, "metrics": metrics, "eval_results": results} if results else {}
-    return ModelCardData(**fields, **scores).to_yaml()
+    if results:
+        fields |= {"model_name": run.name, "metrics": metrics, "eval_results": results}
+    return ModelCardData(**fields).to_yaml()
 
 
 def _eval_results(row: TaskRow, result: dict[str, Any]) -> list[Any]:
@@ -76,6 +77,9 @@ def licence_on_hub(repo_id: str, kind: str) -> str | None:
 
 def on_hub(path: str, run: Run | None = None) -> bool:
     """Whether it reads as a Hub id: OWNER/NAME or NAME, and no file or folder of this machine."""
-    root = Path((run.config["data"].get("root") if run else None) or ".").expanduser()
-    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path) and not path.endswith(DATA_SUFFIXES)
-    return bool(looks) and not (root / path).exists()
+    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", path)
+    root = (run.config["data"].get("root") if run else None) or "."
+    try:
+        return bool(looks) and not path.endswith(DATA_SUFFIXES) and not (Path(root).expanduser() / path).exists()
+    except (OSError, RuntimeError):  # a root that can't be here: of another machine's user, or too long
+        return True

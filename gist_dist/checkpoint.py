@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any, TypeVar
@@ -96,7 +97,7 @@ class CheckpointStore:
             self._remove(snapshot.step)
             with self.store.scratch() as scratch:
                 for name, tensors in snapshot.tensors.items():
-                    self._add(scratch / f"{name}{TENSORS}", lambda path, t=tensors: save_file(t, path), folder, files)
+                    self._add(scratch / f"{name}{TENSORS}", partial(save_file, tensors), folder, files)
                 text = json.dumps({"step": snapshot.step, **snapshot.facts}, allow_nan=False)
                 self._add(scratch / FACTS, lambda path: path.write_text(text), folder, files)
             before_commit()

@@ -202,10 +202,12 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.overrides = [*arguments.overrides, f"cluster.address={arguments.address}"]
     config = _recipe(arguments)
     print(f"gist_dist {__version__}: {config.name} -> {config.run_dir}", file=sys.stderr, flush=True)
+    from gist_dist.live import live_view
     from gist_dist.on_ray.driver import Stopped, train_and_evaluate
 
     try:
-        summary = train_and_evaluate(config)
+        with live_view(config.name, config.run_dir):
+            summary = train_and_evaluate(config)
     except Stopped as stopped:
         print(f"gist-dist: {stopped}; the same command resumes", file=sys.stderr)
         return INTERRUPTED
@@ -220,11 +222,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     if arguments.gpus is not None:
         check_gpus(arguments.gpus, arguments.gpu_kind)
+    from gist_dist.live import live_view
     from gist_dist.on_ray.driver import prepare
     from gist_dist.preview import preview
 
     config = config.absolute_paths()
-    planned = preview(config, *prepare(config))
+    with live_view(config.name):
+        planned = preview(config, *prepare(config))
     _say(planned.lines())
     if arguments.gpus is not None:
         _say(plan_lines(planned, arguments.gpus, arguments.gpu_kind))
@@ -253,9 +257,12 @@ def _render(arguments: argparse.Namespace) -> int:
 def _precompute(arguments: argparse.Namespace) -> int:
     config = _recipe(arguments)
     print(f"gist_dist {__version__}: guide embeddings for {config.name}", file=sys.stderr, flush=True)
+    from gist_dist.live import live_view
     from gist_dist.on_ray.driver import precompute_only
 
-    _say(precompute_only(config))
+    with live_view(config.name):
+        lines = precompute_only(config)
+    _say(lines)
     return 0
 
 
@@ -264,11 +271,14 @@ def _mine(arguments: argparse.Namespace) -> int:
     print(
         f"gist_dist {__version__}: hard negatives for {config.name} -> {arguments.output}", file=sys.stderr, flush=True
     )
+    from gist_dist.live import live_view
     from gist_dist.mining import MineOptions
     from gist_dist.on_ray.mine import mine
 
     options = {field.name: getattr(arguments, field.name) for field in fields(MineOptions)}
-    _say(mine(config, MineOptions(**options), arguments.output).lines())
+    with live_view(config.name):
+        mined = mine(config, MineOptions(**options), arguments.output)
+    _say(mined.lines())
     return 0
 
 
@@ -277,9 +287,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     options = {"tasks": arguments.tasks, "local_tasks": local_tasks, "batch_size": arguments.batch_size}
     options |= {"task_timeout_minutes": arguments.task_timeout}
     evaluate = parse_section(EvaluateConfig, options, "gist-dist evaluate")
+    from gist_dist.live import live_view
     from gist_dist.on_ray.evaluation import evaluate_one_model
 
-    failures = evaluate_one_model(arguments.model, evaluate, Path(arguments.output).absolute(), arguments.address)
+    output = Path(arguments.output).absolute()
+    with live_view(arguments.model):
+        failures = evaluate_one_model(arguments.model, evaluate, output, arguments.address)
     return 1 if failures else 0
 
 
@@ -312,6 +325,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     if config:
         print(f"gist_dist {__version__}: {config.name} -> {address}", file=sys.stderr, flush=True)
         return submit.submit(config, target, watch=not arguments.detach)
+    assert action is not None
     if action == "resume":
         return submit.resume(arguments.resume, target, watch=not arguments.detach)
     return getattr(submit, action)(getattr(arguments, action), target)

@@ -265,7 +265,8 @@ def lay_out(config: RunConfig, values: Values) -> Layout:
 def _memory(config: RunConfig, on_gpu: bool) -> tuple[float, str]:
     """Gigabytes of host memory of a worker, and what that rests on."""
     student = model_shape(config.student.model)
-    guide = model_shape(config.guide_or_student.model) if config.has_guide_model else None
+    guide_name = config.guide_or_student.model if config.has_guide_model else None
+    guide = model_shape(guide_name) if guide_name else None
     unknown = [shape.model for shape in (student, guide) if shape and shape.is_assumed]
     size = f"{student.num_parameters / 1e6:,.0f} M parameters"
     names = " ".join(printable(" and ".join(unknown)).split())  # it goes into a comment, and must stay in its line
@@ -308,7 +309,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _explain(problem: Any, origin: str) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        section = Values.model_fields.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None
+        section: Any = Values.model_fields.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None
         known = section.annotation.model_fields if section else Values.model_fields
         return f"{origin}: unknown value '{path}'; known here: {', '.join(known)}"
     return f"{origin}: {path}: {problem['msg'][0].lower()}{problem['msg'][1:]}"

@@ -76,13 +76,13 @@ class StudentConfig(Section):
     """Hub id or folder of a SentenceTransformer (or of a plain transformers encoder: mean pooling is added)."""
     revision: str | None = None
     """Hub revision."""
-    max_tokens: int | None = Field(None, ge=3)
+    max_tokens: int | None = Field(default=None, ge=3)
     """Texts are cut to this many tokens, special ones included; null keeps the model's own limit."""
     prompts: RolePrompts = RolePrompts()
     """Prompt per role; a source can override it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the encoder's matrix products (autocast); weights, embeddings and the loss stay fp32."""
-    dropout: float | None = Field(None, ge=0, lt=1)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
     """A number overrides every dropout of the model; null keeps the model's own."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
     """Attention code of transformers; null: its choice. flash_attention_2 needs a GPU, its package and bf16."""
@@ -107,7 +107,7 @@ class GuideConfig(Section):
     """Hub id or folder of a SentenceTransformer. Left out in mode self; with refresh, null starts from the student."""
     revision: str | None = None
     """Hub revision."""
-    max_tokens: int | None = Field(None, ge=3)
+    max_tokens: int | None = Field(default=None, ge=3)
     """Texts are cut to this many tokens of the guide's own tokenizer; null keeps the model's own limit."""
     prompts: RolePrompts = RolePrompts()
     """Prompt per role; a source can override it."""
@@ -116,7 +116,7 @@ class GuideConfig(Section):
     mode: Literal["online", "cache", "self"] = "online"
     """online: the guide encodes every batch's texts within the step. cache: it encodes every text of the corpus once,
     before training, and steps read that. self: the student's own embeddings of the step serve as the guide's."""
-    refresh: int | None = Field(None, ge=1)
+    refresh: int | None = Field(default=None, ge=1)
     """After every so many steps the guide becomes a frozen copy of the student as it then is; null: never."""
     cache_dir: PathText | None = None
     """Where guide embeddings are kept, one folder for each guide; a path or URI that all nodes reach. By default
@@ -179,19 +179,19 @@ class SourcePrompts(Section):
 class Filters(Section):
     """Rows with a text outside these bounds are dropped and counted; null: no bound. Prompts don't count."""
 
-    min_characters: int | None = Field(None, ge=1)
-    max_characters: int | None = Field(None, ge=1)
-    min_words: int | None = Field(None, ge=1)
-    max_words: int | None = Field(None, ge=1)
+    min_characters: int | None = Field(default=None, ge=1)
+    max_characters: int | None = Field(default=None, ge=1)
+    min_words: int | None = Field(default=None, ge=1)
+    max_words: int | None = Field(default=None, ge=1)
 
 
 class Triplets(Section):
     """How a classification set becomes triplets (GISTEmbed's MTEBcls): for every text, the positive is drawn from
     the texts of its label that the guide finds nearest, the negative from all texts of other labels."""
 
-    temperature: float = Field(0.05, gt=0)
+    temperature: float = Field(default=0.05, gt=0)
     """Of the softmax over the guide's similarities that the positive is drawn by."""
-    neighbors: int = Field(100, ge=1)
+    neighbors: int = Field(default=100, ge=1)
     """How many nearest texts of the same label the positive is drawn from."""
 
 
@@ -200,7 +200,7 @@ class SourceConfig(Section):
 
     path: PathText = Field(min_length=1)
     """A file or folder of parquet, jsonl, csv or arrow, a glob, a URI (s3://, gs://, hf://…), or a Hub dataset id."""
-    name: str | None = Field(None, max_length=LONGEST_SOURCE_NAME)
+    name: str | None = Field(default=None, max_length=LONGEST_SOURCE_NAME)
     """Shown in the plan and the report; by default the last part of the path."""
     subset: str | None = None
     """Configuration of a Hub dataset."""
@@ -211,11 +211,11 @@ class SourceConfig(Section):
     """Revision of a Hub dataset."""
     columns: Columns = Columns()
     prompts: SourcePrompts = SourcePrompts()
-    weight: float = Field(1.0, ge=1e-6, le=1e6)
+    weight: float = Field(default=1.0, ge=1e-6, le=1e6)
     """How often an epoch takes each row: 2 takes all rows twice, 0.5 a fresh random half of them."""
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
     """Only the first so many rows are read."""
-    license: str | None = Field(None, max_length=100)
+    license: str | None = Field(default=None, max_length=100)
     """Of the data, for the model card: an identifier such as cc-by-4.0. null: a Hub dataset's own card is asked."""
     filters: Filters = Filters()
     split_by: str | None = None
@@ -240,7 +240,7 @@ class DataConfig(Section):
     mixing: Literal["homogeneous", "mixed"] = "homogeneous"
     """homogeneous: a batch holds rows of one source; only what is left of each, less than a batch, is mixed.
     mixed: rows of all sources are shuffled together."""
-    temperature: float = Field(1.0, ge=1)
+    temperature: float = Field(default=1.0, ge=1)
     """Sources share an epoch in proportion to (rows × weight)^(1/temperature). 1: in proportion, every row once. More
     raises the small sources; an epoch stays as long, and no row comes again before all of its source came."""
     unusable_rows: Literal["drop", "error"] = "drop"
@@ -260,20 +260,20 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    global_size: int = Field(256, ge=2)
+    global_size: int = Field(default=256, ge=2)
     """Rows of the global batch, over all workers; never per device."""
-    chunk_tokens: int = Field(4096, ge=1)
+    chunk_tokens: int = Field(default=4096, ge=1)
     """Padded tokens encoded at once: lower it if a worker runs out of memory."""
-    activation_gb: float = Field(1.0, ge=0)
+    activation_gb: float = Field(default=1.0, ge=0)
     """Gigabytes a worker may fill with the graphs of chunks that it then need not encode twice."""
-    loss_gb: float = Field(0.25, gt=0)
+    loss_gb: float = Field(default=0.25, gt=0)
     """Gigabytes for one block of similarity scores (scored rows × candidates)."""
     gather_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of student embeddings sent between workers; the loss then sees them rounded, with one worker too."""
 
 
 class LossConfig(Section):
-    temperature: float = Field(0.05, gt=0)
+    temperature: float = Field(default=0.05, gt=0)
     """Divides every similarity; 0.01 in the paper."""
     margin: float = 0.0
     """Lowers the guide's threshold, so that more candidates are dropped; see margin_kind."""
@@ -286,27 +286,27 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    learning_rate: float = Field(2e-5, gt=0)
+    learning_rate: float = Field(default=2e-5, gt=0)
     """Peak rate of AdamW."""
-    warmup_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps over which the rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """What the rate does after warm-up; linear and cosine end at 0."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled; not applied to biases and normalisation weights."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Decay rates of AdamW's two running means."""
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
     """The gradient of the global batch is scaled down to this norm; null never clips."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Number of optimizer steps; null: epochs count."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Passes over the data; 1 if steps is null too."""
     non_finite: Literal["stop", "skip"] = "stop"
     """At a loss or gradient that is not finite. stop: the run ends, names the step and its rows and keeps the state
     before it. skip: the step leaves the weights as they are, its rows are named, and training goes on."""
-    max_skipped: int = Field(10, ge=1)
+    max_skipped: int = Field(default=10, ge=1)
     """With skip: how many steps of a run may be skipped; one more stops it."""
 
     @model_validator(mode="after")
@@ -317,14 +317,14 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: int | None = Field(100, ge=1)
+    every_steps: int | None = Field(default=100, ge=1)
     """A resumable checkpoint after so many steps, and always after the last; null: only after the last."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """How many checkpoints stay; older ones are removed once a new one is complete."""
     dir: Annotated[PathText, Field(min_length=1)] | None = None
     """Folder or URI (s3://, gs://, …) below which checkpoints are kept, in a folder of the run's name. null:
     checkpoints in the run's own folder."""
-    retry_seconds: float = Field(300.0, ge=0)
+    retry_seconds: float = Field(default=300.0, ge=0)
     """How long storage that fails is tried again before training goes on without that checkpoint."""
 
 
@@ -337,11 +337,11 @@ class EvaluateConfig(Section):
     """Also run them on the guide."""
     local_tasks: PathText | None = None
     """Folder of task folders read instead of the Hub: MTEB tasks under their names, and your own sets."""
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1)
     """Not offered yet; must be null."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Texts encoded at once."""
-    task_timeout_minutes: float | None = Field(1440, gt=0)
+    task_timeout_minutes: float | None = Field(default=1440, gt=0)
     """A task that takes longer is ended and reported as failed, the others go on; null: no limit."""
 
     @model_validator(mode="after")
@@ -369,20 +369,23 @@ class ClusterConfig(Section):
     num_workers: Annotated[int | tuple[int, int], BeforeValidator(_check_num_workers)] = 1
     """Training processes; or [fewest, most], and the run shrinks when a node goes and grows when one comes. The global
     batch, and so the curve, stays the same."""
-    gpus_per_worker: float | None = Field(None, ge=0)
+    gpus_per_worker: float | None = Field(default=None, ge=0)
     """null: one where the cluster has GPUs, none elsewhere."""
-    cpus_per_worker: float | None = Field(None, gt=0)
+    cpus_per_worker: float | None = Field(default=None, gt=0)
     """Cores reserved for a worker, and its compute threads on CPU. null: one, or a half where cores are too few."""
     address: str | None = None
     """Of a running Ray cluster; null takes $RAY_ADDRESS, or else starts a local Ray and stops it at the end."""
     runtime_env: Annotated[dict[str, Any], AfterValidator(_with_plain_variables)] = {}
     """Ray runtime environment of the workers."""
-    max_failures: int = Field(3, ge=0)
+    deal_by_speed: bool = False
+    """Give each worker as much to encode as it was fast in the steps before, where nodes differ. It changes how long a
+    step takes, not what it computes."""
+    max_failures: int = Field(default=3, ge=0)
     """How often in a row the workers are started again without getting further than before."""
-    hang_timeout_s: float = Field(300.0, ge=5)
+    hang_timeout_s: float = Field(default=300.0, ge=5)
     """Seconds after which a step that makes no progress counts as hung and its workers are started again; at least
     five times the longest step so far."""
-    wait_minutes: float = Field(30.0, ge=0)
+    wait_minutes: float = Field(default=30.0, ge=0)
     """How long a run waits for nodes when too few are left; then it ends, and the same command resumes it."""
 
     @property
@@ -398,11 +401,11 @@ class HubConfig(Section):
     """The model on the Hugging Face Hub, and what its card says beyond what the run knows. The token is HF_TOKEN, or
     that of `hf auth login`; a recipe holds none."""
 
-    repo_id: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
+    repo_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")
     """OWNER/NAME that the finished model and its card are pushed to; null: nowhere."""
     private: bool = True
     """The repository is created private, and one that is public is refused; false: public."""
-    license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=50)
+    license: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=50)
     """Of the model, as the Hub writes it: apache-2.0, cc-by-nc-4.0, ...; null: the card says that it is not stated."""
     language: Annotated[
         tuple[Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")], ...], BeforeValidator(_as_list)
@@ -410,9 +413,33 @@ class HubConfig(Section):
     """ISO 639 codes: en, or [en, de]."""
 
 
+class WandbConfig(Section):
+    """Weights & Biases (needs gist-dist[wandb]). The key is WANDB_API_KEY, or that of `wandb login`."""
+
+    project: str = Field(default="gist_dist", min_length=1, max_length=128)
+    entity: str | None = None
+    """The user or team; null: the key's default."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: kept in the run folder, for `wandb sync`."""
+
+
+class MlflowConfig(Section):
+    """MLflow (needs gist-dist[mlflow])."""
+
+    experiment: str = Field(default="gist_dist", min_length=1)
+    uri: str | None = None
+    """Of the tracking server or store; null: MLFLOW_TRACKING_URI. Rank 0's worker writes there."""
+
+
 class TrackingConfig(Section):
-    tensorboard: bool = False
-    """Also write the metrics as TensorBoard events (needs the tensorboard package)."""
+    """Where else the metrics are written, besides metrics.jsonl."""
+
+    tensorboard: bool = True
+    """TensorBoard's events, in the run folder's tensorboard/."""
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
+    report_texts: bool = True
+    """false: the report shows no texts of the data; candidates that the guide took out are then only counted."""
     hub: HubConfig = HubConfig()
 
 
@@ -421,7 +448,7 @@ class RunConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """The run is kept under output_dir/name; letters, digits, '.', '_' and '-'."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     output_dir: PathText = "runs"
     student: StudentConfig
     guide: GuideConfig | None = None
@@ -449,14 +476,26 @@ class RunConfig(Section):
         return self._cache_dir(self.guide.cache_dir if self.guide else None, "guide_cache")
 
     @property
-    def has_guide_model(self) -> bool:
-        """Whether a model besides the student tells false negatives: not without a guide, nor in mode self."""
-        return self.guide is not None and self.guide.mode != "self"
+    def guide_mode(self) -> Literal["online", "cache", "self"] | None:
+        """None without a guide."""
+        return self.guide.mode if self.guide else None
 
     @property
-    def guide_or_student(self) -> GuideConfig | None:
-        """The guide that training starts with: with refresh and no model, the untrained student."""
-        if not self.has_guide_model or self.guide.model:
+    def guide_refresh(self) -> int | None:
+        """Steps between renewals of the guide; None where it stays, or there is none."""
+        return self.guide.refresh if self.guide else None
+
+    @property
+    def has_guide_model(self) -> bool:
+        """Whether a model besides the student tells false negatives: not without a guide, nor in mode self."""
+        return self.guide_mode not in (None, "self")
+
+    @property
+    def guide_or_student(self) -> GuideConfig:
+        """The guide model that training starts with, where there is one: with refresh and no model, the untrained
+        student."""
+        assert self.guide is not None and self.has_guide_model
+        if self.guide.model:
             return self.guide
         student = self.student
         same = ("model", "revision", "max_tokens", "prompts", "precision", "trust_remote_code")
@@ -476,11 +515,15 @@ class RunConfig(Section):
         student = student.model_copy(update={"model": _absolute_model(student.model)})
         if guide and guide.model:
             guide = guide.model_copy(update={"model": _absolute_model(guide.model)})
-        checkpoint = self.checkpoint
+        if guide and guide.cache_dir:
+            guide = guide.model_copy(update={"cache_dir": self.guide_cache_dir})
+        data, checkpoint = self.data, self.checkpoint
+        if data.cache_dir:
+            data = data.model_copy(update={"cache_dir": self.corpora_dir})
         if checkpoint.dir and "://" not in checkpoint.dir:
             checkpoint = checkpoint.model_copy(update={"dir": str(Path(checkpoint.dir).expanduser().absolute())})
         output_dir = str(Path(self.output_dir).expanduser().absolute())
-        changed = {"evaluate": evaluate, "checkpoint": checkpoint, "student": student, "guide": guide}
+        changed = {"evaluate": evaluate, "checkpoint": checkpoint, "student": student, "guide": guide, "data": data}
         return self.model_copy(update={"output_dir": output_dir} | changed)
 
 
@@ -490,7 +533,7 @@ def _absolute_model(model: str) -> str:
 
 
 # May differ when a run goes on: where and how it runs, not what it computes. The batch keys are budgets of memory.
-CHANGEABLE = {
+CHANGEABLE: dict[str, Any] = {
     "output_dir": True,
     "cluster": True,
     "evaluate": True,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -28,10 +28,10 @@ class FastDropout(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        fast = {F.dropout: dropout, F.scaled_dot_product_attention: attention}.get(func, func)
-        return fast(*args, **(kwargs or {}))
+        fast: dict[Any, Callable[..., Any]] = {F.dropout: dropout, F.scaled_dot_product_attention: attention}
+        return fast.get(func, func)(*args, **(kwargs or {}))
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -80,7 +80,7 @@ def _kept(shape: torch.Size, p: float) -> Bool[Tensor, "..."]:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, input: Tensor, p: float) -> Tensor:
+    def forward(ctx: Any, input: Tensor, p: float) -> Tensor:
         kept = _kept(input.shape, p)
         ctx.save_for_backward(kept)
         ctx.p = p
@@ -88,7 +88,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         return (gradient * kept).mul_(1 / (1 - ctx.p)), None
 
@@ -96,7 +96,7 @@ class _Dropout(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         query: Float[Tensor, "t h l d"],
         key: Float[Tensor, "t h l d"],
         value: Float[Tensor, "t h l d"],
@@ -126,7 +126,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *saved = ctx.saved_tensors
         d_query, d_key, d_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for number, start in enumerate(ctx.pieces):

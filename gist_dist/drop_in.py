@@ -14,6 +14,7 @@ that of one big batch, whatever the number of devices: anchors are gathered too.
 #        d student width   e guide width
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -75,9 +76,8 @@ class CachedGISTEmbedLoss(nn.Module):
         )  # fmt: skip
         self.gather_across_devices = gather_across_devices
         self.tokenizer = model.tokenizer
-        self.guide_reads_ids = (
-            model.tokenizer.get_vocab() == guide.tokenizer.get_vocab() and guide.max_seq_length >= model.max_seq_length
-        )
+        same_vocabulary = model.tokenizer.get_vocab() == guide.tokenizer.get_vocab()
+        self.guide_reads_ids = same_vocabulary and _limit(guide) >= _limit(model)
         """Whether the guide takes the student's token ids; otherwise they are decoded and tokenized again."""
         self.activations = ActivationBudget(activation_gb * 1e9, model)
 
@@ -190,8 +190,8 @@ def _global_batch(
     """
     order = np.concatenate([chunk.texts for chunk in chunks])
     rows = np.argsort(order)[rows]  # a device's texts are gathered in the order of its chunks
-    sizes = torch.tensor([[len(tokens), rows.shape[1]]], device=device)
-    sizes = all_gather_rows(sizes, [1] * world.size, world).tolist()
+    own_sizes = torch.tensor([[len(tokens), rows.shape[1]]], device=device)
+    sizes = all_gather_rows(own_sizes, [1] * world.size, world).tolist()
     counts, num_rows = [u for u, _ in sizes], [b for _, b in sizes]
     offset = sum(counts[: world.rank])
     gathered = all_gather_rows(torch.from_numpy(rows.T + offset).to(device), num_rows, world)
@@ -201,6 +201,10 @@ def _global_batch(
     anchors, positives, *negatives = (column.contiguous() for column in gathered.T)
     none = torch.empty(0, dtype=torch.int64, device=device)
     return BatchIndex(anchors, positives, torch.cat(negatives) if negatives else none, identity), counts
+
+
+def _limit(model: "SentenceTransformer") -> int | float:
+    return model.max_seq_length or math.inf
 
 
 def _check(features: Features) -> Features:

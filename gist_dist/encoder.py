@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -174,7 +174,7 @@ class Preprocess:
         ids = features["input_ids"][real].numpy().astype(np.int32)
         return ids, real.sum(dim=1).numpy().astype(np.int32)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _load_preprocess, (self.config,)
 
 
@@ -191,7 +191,7 @@ class Student(Encoder):
         self.model.train()
         if config.dropout is not None:
             override_dropout(self.model, config.dropout)
-        transformer = self.model[0].model
+        transformer: Any = self.model[0].model
         if config.gradient_checkpointing:
             if not transformer.supports_gradient_checkpointing:
                 raise UserError(f"student.gradient_checkpointing: {config.model} does not offer it; leave it out")
@@ -216,7 +216,7 @@ class Student(Encoder):
     def save(self, folder: Path) -> None:
         """A stock SentenceTransformer directory, with the model's own limit of tokens."""
         training_limit, self.model.max_seq_length = self.model.max_seq_length, self.own_max_tokens
-        prompts = {"query": self.config.prompts.anchor, "document": self.config.prompts.positive}
+        prompts: dict[str, str | None] = {"query": self.config.prompts.anchor, "document": self.config.prompts.positive}
         if any(prompts.values()):
             self.model.prompts = prompts
         self.model.eval()
@@ -266,20 +266,22 @@ def load_sentence_transformer(
     config: StudentConfig | GuideConfig, section: str, device: torch.device | str
 ) -> "SentenceTransformer":
     """UserError if there is no such model, or none that is fed token ids."""
-    offline = not Path(config.model).expanduser().exists() and go_offline_if_unreachable()
+    name = config.model
+    assert name is not None  # only a guide that starts as the student has none
+    offline = not Path(name).expanduser().exists() and go_offline_if_unreachable()
     from sentence_transformers import SentenceTransformer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for weights that load in a second
-    looks_local = config.model.startswith((".", "/", "~")) or config.model.count("/") > 1
-    if looks_local and not Path(config.model).expanduser().is_dir():
-        raise UserError(f"{section}.model: no folder '{config.model}'; give a SentenceTransformer folder or a Hub id")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise UserError(f"{section}.model: no folder '{name}'; give a SentenceTransformer folder or a Hub id")
     # Flash attention is loaded where it can run: not by the driver, which only tokenizes.
     is_flash = config.attention == "flash_attention_2"
     attention = None if is_flash and torch.device(device).type != "cuda" else config.attention
     try:
         model = SentenceTransformer(
-            str(Path(config.model).expanduser()) if looks_local else config.model,
+            str(Path(name).expanduser()) if looks_local else name,
             device=str(device),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -288,12 +290,13 @@ def load_sentence_transformer(
     except Exception as error:
         away = offline and isinstance(error, OSError)
         reason = "the Hub is out of reach and its cache hasn't it" if away else " ".join(str(error).split())[:300]
-        raise UserError(f"{section}.model: '{config.model}' can't be loaded: {reason}") from error
+        raise UserError(f"{section}.model: '{name}' can't be loaded: {reason}") from error
+    transformer: Any = model[0]
     if is_flash:
-        model[0].unpad_inputs = False  # chunks come padded
-    kind = type(model[0]).__name__
+        transformer.unpad_inputs = False  # chunks come padded
+    kind = type(transformer).__name__
     if kind != "Transformer":
-        raise UserError(f"{section}.model: '{config.model}' begins with {kind}; only transformer models are supported")
+        raise UserError(f"{section}.model: '{name}' begins with {kind}; only transformer models are supported")
     return model
 
 

@@ -6,17 +6,21 @@ stands for is in evaluation_tasks.py.
 
 import hashlib
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter
 
 from gist_dist.config import EvaluateConfig
 from gist_dist.errors import UserError
 from gist_dist.evaluation_sets import one_line
 from gist_dist.evaluation_tasks import content_hash, data_revision, import_mteb, load_task, local_folder
 from gist_dist.files import write_atomically
+from gist_dist.plain_json import Shape, load_plain_json, problem
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -35,6 +39,33 @@ class Score:
     """Name of the main score, such as cosine_spearman."""
     seconds: float
     """Time that data loading and evaluation took."""
+
+
+Name = Annotated[str, Field(min_length=1, max_length=255)]
+
+
+class _Entry(Shape):
+    main_score: float
+    hf_subset: str | None = None
+
+
+class _Result(Shape):
+    """A task's file, as MTEB writes it."""
+
+    task_name: Name
+    scores: dict[str, list[_Entry]]
+    evaluation_time: float | None
+    dataset_revision: str | None = None
+
+
+class _Details(Shape):
+    """The file that evaluate_task puts beside it."""
+
+    kind: Name = "unknown"
+    metric: Name = "main_score"
+
+
+RESULT, DETAILS = TypeAdapter(_Result), TypeAdapter(_Details)
 
 
 def evaluate_task(
@@ -67,8 +98,7 @@ def evaluate_task(
 
     mteb_task = load_task(task, evaluate.local_tasks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    encoder = SentenceTransformer(str(model), device=device, **options)
+    encoder = SentenceTransformer(str(model), device=device, revision=revision, trust_remote_code=trust_remote_code)
     encoder.prompts.update(prompts or {})
     try:
         with warnings.catch_warnings():
@@ -142,26 +172,34 @@ def read_results(folder: Path) -> dict[str, Score]:
 
 
 def result_files(folder: Path) -> list[Path]:
-    return sorted(f for f in Path(folder).glob("*.json") if f.name != "model_meta.json")
+    return sorted(f for f in Path(folder).glob("*.json") if f.name != "model_meta.json" and f.is_file())
 
 
 def read_result(file: Path) -> Score:
     """UserError if the file is not an MTEB result."""
+    details_file = _details_file(file.parent, file.stem)
+    result = _read(file, RESULT)
+    details = _read(details_file, DETAILS) if details_file.is_file() else {}
+    mains = [entry["main_score"] for split in result["scores"].values() for entry in split]
+    if not mains:
+        raise UserError(f"{file}: not an MTEB result (it has no score); delete it and evaluate again")
+    return Score(
+        task=result["task_name"],
+        kind=details.get("kind", "unknown"),
+        main_score=fmean(mains) if all(map(math.isfinite, mains)) else math.nan,
+        metric=details.get("metric", "main_score"),
+        seconds=float(result["evaluation_time"] or 0.0),
+    )
+
+
+def _read(file: Path, shape: Any) -> dict[str, Any]:
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        mains = [entry["main_score"] for split in result["scores"].values() for entry in split]
-        details_file = _details_file(file.parent, file.stem)
-        details = json.loads(details_file.read_text(encoding="utf-8")) if details_file.exists() else {}
-        return Score(
-            task=result["task_name"],
-            kind=details.get("kind", "unknown"),
-            main_score=fmean(float(score) for score in mains),
-            metric=details.get("metric", "main_score"),
-            seconds=float(result["evaluation_time"] or 0.0),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"not an MTEB result ({one_line(error)}); delete it and evaluate again"
-        raise UserError(f"{file}: {problem}") from None
+        content = load_plain_json(file.read_text(encoding="utf-8"))
+        if wrong := problem(shape, content):
+            raise ValueError(wrong)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not an MTEB result ({one_line(error)}); delete it and evaluate again") from None
+    return dict(content)
 
 
 def finished_score(folder: Path, task: str, evaluate: EvaluateConfig, identity: str) -> Score | None:

@@ -16,8 +16,9 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,6 +38,7 @@ QUERY_TEXT = ("text", "query", "question")
 QRELS_QUERY = ("query-id", "query_id", "qid")
 QRELS_DOCUMENT = ("corpus-id", "corpus_id", "doc_id", "docid")
 RELEVANCE = ("score", "relevance", "label")
+_OwnKind = Literal["STS", "Classification", "Retrieval", "Reranking"]
 UNREADABLE = (OSError, ValueError, pa.ArrowException)
 
 
@@ -46,12 +48,14 @@ def own_task(name: str, folder: Path, revision: str) -> "AbsTask":
     from mteb.abstasks.sts import AbsTaskSTS
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    base, read, category, metric = {
+    kinds: dict[_OwnKind, tuple[Any, Callable[[Path], dict[str, Any]], Literal["t2t", "t2c"], str]] = {
         "STS": (AbsTaskSTS, _read_sts, "t2t", "cosine_spearman"),
         "Classification": (AbsTaskClassification, _read_classification, "t2c", "accuracy"),
         "Retrieval": (AbsTaskRetrieval, _read_retrieval, "t2t", "ndcg_at_10"),
         "Reranking": (AbsTaskRetrieval, _read_retrieval, "t2t", "map_at_1000"),
-    }[kind := _own_kind(folder)]
+    }
+    kind = _own_kind(folder)
+    base, read, category, metric = kinds[kind]
 
     def load_data(self: Any, *args: Any, **kwargs: Any) -> None:
         self.dataset = read(folder)
@@ -70,7 +74,7 @@ def own_task(name: str, folder: Path, revision: str) -> "AbsTask":
     return type(f"Own{kind}", (base,), {"metadata": metadata, "load_data": load_data})()
 
 
-def _own_kind(folder: Path) -> str:
+def _own_kind(folder: Path) -> _OwnKind:
     if _part_files(folder, "corpus") or _part_files(folder, "queries"):
         return "Reranking" if _part_files(folder, "top_ranked") else "Retrieval"
     if test := _split_files(folder, "test"):
@@ -141,13 +145,13 @@ def _read_retrieval(folder: Path) -> dict[str, Any]:
     corpus["title"] = [title or "" for title in corpus["title"]]
     _check_texts(corpus["title"], files["corpus"][0], "title")
     documents = set(corpus["id"])
-    data = {
+    split = {
         "corpus": Dataset.from_dict(corpus),
         "queries": Dataset.from_dict(queries),
         "relevant_docs": _relevance(files["qrels"], set(queries["id"]), documents),
         "top_ranked": _top_ranked(files["top_ranked"], documents) if files["top_ranked"] else None,
     }
-    return {"default": {"test": data}}
+    return {"default": {"test": split}}
 
 
 def _relevance(files: list[Path], queries: set[str], corpus: set[str]) -> dict[str, dict[str, int]]:
@@ -219,10 +223,11 @@ def _read(
         rows = len(next(iter(data.values()), []))
         for name, alternatives in columns.items():
             found = next((data[a] for a in alternatives if a in data), None)
-            if found is None and name in (optional or {}):
+            if found is None and optional and name in optional:
                 found = [optional[name]] * rows
             elif found is None:
                 check_column(file, alternatives)
+            assert found is not None  # check_column has said so otherwise
             table[name] += found
     if not next(iter(table.values())):
         raise UserError(f"{files[0]}: has no rows")

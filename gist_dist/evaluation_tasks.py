@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gist_dist.config import EvaluateConfig
 from gist_dist.errors import UserError
 from gist_dist.evaluation_sets import check_column, listed, one_line, own_task
+from gist_dist.storage import copies_folder
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -87,13 +87,13 @@ def _writable(folder: Path, otherwise: str) -> Path:
     except OSError:
         pass
     if not os.access(folder, os.W_OK):
-        folder = Path(tempfile.gettempdir()) / f"gist_dist-{os.getuid()}" / otherwise
+        folder = copies_folder(None, otherwise)
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def local_folder(name: str, local_tasks: str | None) -> Path | None:
-    if local_tasks is None or Path(name).name != name:
+    if local_tasks is None or Path(name).name != name or name == "..":
         return None
     folder = Path(local_tasks).expanduser().absolute() / name
     return folder if folder.is_dir() else None
@@ -162,7 +162,7 @@ def _registered_task(name: str, folder: Path) -> "AbsTask":
     return task
 
 
-def _standard_loader(task: type) -> bool:
+def _standard_loader(task: Any) -> bool:
     from mteb.abstasks import AbsTask, AbsTaskRetrieval
 
     return task.load_data in (AbsTask.load_data, AbsTaskRetrieval.load_data) and not task.fast_loading
@@ -220,7 +220,7 @@ def _expected_data(task: "AbsTask") -> list[tuple[tuple[str, ...], tuple[tuple[s
     from mteb.abstasks.sts import AbsTaskSTS
 
     if isinstance(task, AbsTaskRetrieval):
-        expected = []
+        expected: list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = []
         for subset in task.hf_subsets:
             prefix = "" if subset == "default" else f"{subset}-"
             qrels = (f"{prefix}qrels",) if prefix else ("default", "qrels")

@@ -24,11 +24,11 @@ class Guidance:
 
     def __init__(self, trainee: Trainee, sampler: Sampler, cache: GuideCache | None) -> None:
         self.trainee, self.sampler, self.config = trainee, sampler, trainee.config
-        self.refresh = self.config.guide.refresh if self.config.guide else None
+        self.refresh = self.config.guide_refresh
         self.cache = cache
         self._copy: dict[str, Tensor] = {}
         if cache is not None:
-            self._locate(trainee.corpus.texts_in_use)
+            self._locate(cache, trainee.corpus.texts_in_use)
 
     def plan(self, step: int) -> BatchPlan:
         config, corpus = self.config, self.trainee.corpus
@@ -52,18 +52,22 @@ class Guidance:
     def resume(self, done: int, tensors: dict[str, Tensor]) -> None:
         """Take up the guide of the step after `done`, on every worker."""
         if self.is_renewed_by(done):
-            guide = Guide.copy_of(self.trainee.student, self.config.guide)
+            guide = self._copy_of_student()
             for name, tensor in model_tensors(guide.model).items():
                 tensor.copy_(tensors[name])
             self._adopt(guide, done)
 
     def renew(self, step: int) -> None:
         """The student of this step becomes the guide, on every worker."""
-        self._adopt(Guide.copy_of(self.trainee.student, self.config.guide), step)
+        self._adopt(self._copy_of_student(), step)
+
+    def _copy_of_student(self) -> Guide:
+        assert self.config.guide is not None  # which alone says refresh
+        return Guide.copy_of(self.trainee.student, self.config.guide)
 
     def _adopt(self, guide: Guide, done: int) -> None:
         is_first, tensors = not self._copy, model_tensors(guide.model)
-        if self.config.guide.mode == "online":
+        if self.config.guide_mode == "online":
             self.trainee.guide, self._copy = guide, tensors
             return
         self._copy = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -83,17 +87,17 @@ class Guidance:
         barrier(world)
         cache.refresh()
         outdated, self.cache = self.cache, cache
-        self._locate(texts)
+        self._locate(cache, texts)
         barrier(world)
-        if world.rank == 0 and not is_first and outdated.place != cache.place:  # the first one is the recipe's guide
+        # The first one is the recipe's guide.
+        if world.rank == 0 and not is_first and outdated is not None and outdated.place != cache.place:
             outdated.remove()
 
     def _texts_until_renewal(self, done: int) -> np.ndarray:
         """Text numbers of the steps that the new guide guides."""
-        corpus, last = (
-            self.trainee.corpus,
-            min(done // self.refresh * self.refresh + self.refresh, self.sampler.num_steps),
-        )
+        corpus, refresh = self.trainee.corpus, self.refresh
+        assert refresh is not None
+        last = min(done // refresh * refresh + refresh, self.sampler.num_steps)
         seen = np.zeros(len(corpus.identity), dtype=bool)
         for step in range(done + 1, last + 1):
             rows = self.sampler.rows(step)
@@ -101,11 +105,11 @@ class Guidance:
                 seen[texts] = True
         return np.flatnonzero(seen)
 
-    def _locate(self, texts: np.ndarray) -> None:
+    def _locate(self, cache: GuideCache, texts: np.ndarray) -> None:
         """Where in the cache every text is, -1 for those not asked for."""
         corpus = self.trainee.corpus
         self.positions = np.full(len(corpus.identity), -1, dtype=np.int64)
-        self.positions[texts] = self.cache.find(corpus.guide_keys[texts])
+        self.positions[texts] = cache.find(corpus.guide_keys[texts])
         num_missing = int((self.positions[texts] < 0).sum())
         if num_missing:
             raise UserError(

@@ -78,8 +78,9 @@ class GuideCache:
         self.place, self.fingerprint = join(place, fingerprint), fingerprint
         self.width, self.verify = width, verify
         self.store = open_store(self.place)
-        self.is_copied = self.store.local is None or local_copy is not None
-        self.folder = copies_folder(local_copy, "guide_cache", fingerprint) if self.is_copied else self.store.local
+        in_place = self.store.local if local_copy is None else None
+        self.is_copied = in_place is None
+        self.folder = in_place or copies_folder(local_copy, "guide_cache", fingerprint)
         self.names: list[str] = []
         self.shards: list[Shard] = []
         self.refresh()
@@ -237,7 +238,9 @@ def _vectors(rows: np.ndarray, width: int) -> pa.FixedSizeListArray:
 
 def _told_by(name: str) -> tuple[str, int]:
     """SHA-256 and bytes of a shard."""
-    digest, size = SHARD_NAME.fullmatch(name).groups()
+    told = SHARD_NAME.fullmatch(name)
+    assert told, name
+    digest, size = told.groups()
     return digest, int(size)
 
 
@@ -258,7 +261,7 @@ def guide_fingerprint(encoder: Encoder) -> str:
 
 def _digest(name: str, tensor: torch.Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(data).hexdigest()}"
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(data.data).hexdigest()}"
 
 
 def _module_config(module: torch.nn.Module) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
+from typing import Any
 
 
 @functools.cache
@@ -24,7 +25,8 @@ def go_offline_if_unreachable(timeout_s: float = 5) -> bool:
     except (OSError, ValueError, http.client.HTTPException):  # the last: what answers there speaks no HTTP
         os.environ["HF_HUB_OFFLINE"] = "1"  # also for the processes that this one starts
         for module in ("huggingface_hub.constants", "datasets.config"):
-            if module in sys.modules:
-                sys.modules[module].HF_HUB_OFFLINE = True
+            settings: Any = sys.modules.get(module)
+            if settings:
+                settings.HF_HUB_OFFLINE = True
         return True
     return False

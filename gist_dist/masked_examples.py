@@ -26,20 +26,25 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "masked_examples.json"
 MAX_ROWS = 1024  # so many of the batch's rows are looked at: a small part of what the loss itself does
-MAX_CHARACTERS = 300
+NUM_EACH, MAX_CHARACTERS = 16, 300
 _ROWS_AT_A_TIME = 64
+
+_Pick = tuple[float, int, int]
+"""Key, row, candidate."""
 
 
 def masking_is_shown(config: RunConfig, step: int, num_steps: int) -> bool:
     """At the last step, and at scheduled checkpoints, so that a run which does not end has examples too."""
     every = config.checkpoint.every_steps
-    return config.guide is not None and (step == num_steps or (bool(every) and step % every == 0))
+    return config.guide is not None and (step == num_steps or (every is not None and step % every == 0))
 
 
 def write_masked_examples(config: RunConfig, corpus: Corpus, plan: BatchPlan, scored: Scored) -> None:
-    """Write run_dir/masked_examples.json for a step. A disk that can't take it costs the file, not the run."""
+    """Write run_dir/masked_examples.json for a step, without examples where tracking.report_texts is false. A disk that
+    can't take it costs the file, not the run."""
     file = config.run_dir / FILE_NAME
-    found = masked_examples(corpus, plan, scored, config.loss, config.seed)
+    num_each = NUM_EACH if config.tracking.report_texts else 0
+    found = masked_examples(corpus, plan, scored, config.loss, config.seed, num_each)
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
@@ -48,7 +53,7 @@ def write_masked_examples(config: RunConfig, corpus: Corpus, plan: BatchPlan, sc
 
 
 def masked_examples(
-    corpus: Corpus, plan: BatchPlan, scored: Scored, loss: LossConfig, seed: int, num_each: int = 16
+    corpus: Corpus, plan: BatchPlan, scored: Scored, loss: LossConfig, seed: int, num_each: int = NUM_EACH
 ) -> dict[str, Any]:
     """Candidates that the guide dropped from rows of a batch, as plain values; texts of at most 300 characters.
 
@@ -81,7 +86,7 @@ def masked_examples(
     }
 
 
-def _best_of_each_row(rows: Tensor, keys: Float[Tensor, "r c"], dropped: Bool[Tensor, "r c"]) -> list[tuple]:
+def _best_of_each_row(rows: Tensor, keys: Float[Tensor, "r c"], dropped: Bool[Tensor, "r c"]) -> list[_Pick]:
     """(key, row, candidate) of every row that lost a candidate: the dropped one with the largest key."""
     best, column = keys.masked_fill(~dropped, -torch.inf).max(dim=1)
     picks = zip(best.tolist(), rows.tolist(), column.tolist(), strict=True)
@@ -92,7 +97,8 @@ class _Candidates:
     """All candidates of a batch side by side: those of ap, then aa, pp and an, as far as they are in use."""
 
     def __init__(self, scored: Scored, loss: LossConfig) -> None:
-        self.batch, self.student, self.guide, self.loss = *scored, loss
+        assert scored.guide is not None
+        self.batch, self.student, self.guide, self.loss = scored.batch, scored.student, scored.guide, loss
         self.parts = self.batch.parts(loss)
         self.texts = torch.cat([texts for _, texts in self.parts.values()])
         self.block_of = [part for part, (_, texts) in self.parts.items() for _ in range(len(texts))]
@@ -123,11 +129,12 @@ class _Candidates:
         )
         return (candidates == anchors) | (candidates == positives)
 
-    def first_distinct(self, picks: Iterable[tuple], count: int, seen: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    def first_distinct(self, picks: Iterable[_Pick], count: int, seen: set[tuple[int, int]]) -> list[tuple[int, int]]:
         """(row, candidate) by falling key, leaving out pairs of texts that were seen, in either order."""
         chosen: list[tuple[int, int]] = []
         for _, row, column in sorted(picks, reverse=True):
-            pair = tuple(sorted((int(self.query(row, column)), int(self.texts[column]))))
+            query, candidate = int(self.query(row, column)), int(self.texts[column])
+            pair = min(query, candidate), max(query, candidate)
             if len(chosen) < count and pair not in seen:
                 seen.add(pair)
                 chosen.append((row, column))

@@ -68,7 +68,7 @@ class MineOptions:
                 f"max-rank = {self.max_rank} leaves {max(0, self.max_rank - self.min_rank)} candidates after "
                 f"min-rank = {self.min_rank}, and {self.negatives} negatives are wanted; raise max-rank"
             )
-        if None not in (self.min_score, self.max_score) and self.min_score > self.max_score:
+        if self.min_score is not None and self.max_score is not None and self.min_score > self.max_score:
             raise UserError(f"min-score = {self.min_score} is above max-score = {self.max_score}; swap them")
 
     def last_rank(self, most_positives: int) -> int:
@@ -238,8 +238,8 @@ def nearest(
 
     kept = indices.cpu().numpy()
     scores = _exact_scores(vectors, kept, pool)
-    order = np.lexsort((kept, -scores), axis=1)[:, :depth]
-    scores, kept = np.take_along_axis(scores, order, axis=1), np.take_along_axis(kept, order, axis=1)
+    first = np.lexsort((kept, -scores), axis=1)[:, :depth]
+    scores, kept = np.take_along_axis(scores, first, axis=1), np.take_along_axis(kept, first, axis=1)
     if num_kept < len(pool):
         rounding = 1.01 * wide.shape[1] * 2.0**-24  # of a sum of so many fp32 products, for unit vectors
         doubtful = np.flatnonzero(scores[:, -1] <= best[:, -1].cpu().numpy().astype(np.float64) + rounding)

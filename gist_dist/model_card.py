@@ -10,6 +10,8 @@ from gist_dist.card_metadata import licence_on_hub, metadata_yaml, on_hub
 from gist_dist.errors import UserError
 from gist_dist.files import write_atomically
 from gist_dist.report import Run, judge, read_run
+from gist_dist.report.run import read_json
+from gist_dist.report.shapes import MODULES, POOLING_SETTINGS, TOKENIZER_SETTINGS
 
 CITATION = """\
 @article{solatorio2024gistembed,
@@ -68,20 +70,21 @@ class Model(NamedTuple):
 
 
 def _read_model(folder: Path) -> Model:
-    modules = _json(folder / "modules.json", [])
+    modules = _read(folder / "modules.json", MODULES) or []
     types = tuple(module["type"].rsplit(".", 1)[-1] for module in modules)
     pooled = [folder / module["path"] / "config.json" for module in modules if module["type"].endswith("Pooling")]
-    pooling = _json(pooled[0], {}) if pooled else {}
+    pooling = _read(pooled[0], POOLING_SETTINGS) if pooled else {}
+    mode = pooling.get("pooling_mode")
     return Model(
         types,
-        pooling.get("pooling_mode"),
+        "+".join(mode) if isinstance(mode, list) else mode,
         pooling.get("embedding_dimension"),
-        _json(folder / "tokenizer_config.json", {}).get("model_max_length"),
+        _read(folder / "tokenizer_config.json", TOKENIZER_SETTINGS).get("model_max_length"),
     )
 
 
-def _json(file: Path, missing: Any) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else missing
+def _read(file: Path, shape: Any) -> Any:
+    return read_json(file, shape, "the model is not whole; remove model/, and the same train command makes it again")
 
 
 def _introduction(run: Run) -> str:
@@ -113,7 +116,9 @@ def _details(run: Run, model: Model) -> str:
 
 
 def _usage(run: Run, model: Model) -> str:
-    name = _hub(run).get("repo_id") or "path/or/hub-id/of/this/model"
+    brings_code = bool(run.config["student"].get("trust_remote_code"))
+    name = json.dumps(_hub(run).get("repo_id") or "path/or/hub-id/of/this/model")
+    name += ", trust_remote_code=True" * brings_code
     prompts = {role: text for role, text in (run.config["student"].get("prompts") or {}).items() if text}
     encode = """embeddings = model.encode(["How do I bake bread?", "A recipe for a simple loaf"])
 print(model.similarity(embeddings, embeddings))"""
@@ -122,14 +127,15 @@ print(model.similarity(embeddings, embeddings))"""
 documents = model.encode_document(["A recipe for a simple loaf"])
 print(model.similarity(queries, documents))"""
     quoted = {role: _escape(json.dumps(text, ensure_ascii=False)) for role, text in prompts.items()}
-    said = "".join(f"\n\nIn training, every {role} began with `{text}`." for role, text in quoted.items())
+    said = "\n\nThe model comes with code of its own, which `trust_remote_code=True` runs." * brings_code
+    said += "".join(f"\n\nIn training, every {role} began with `{text}`." for role, text in quoted.items())
     return f"""\
 ## Usage
 
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{name}")
+model = SentenceTransformer({name})
 {encode}
 ```{said}{_usage_of_transformers(name, model)}"""
 
@@ -147,7 +153,7 @@ Without sentence-transformers, and with prompts put before the texts by hand:
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")
+tokenizer, model = AutoTokenizer.from_pretrained({name}), AutoModel.from_pretrained({name})
 texts = ["How do I bake bread?", "A recipe for a simple loaf"]
 batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():
@@ -187,7 +193,8 @@ def _source_row(run: Run, source: dict[str, Any]) -> list[str]:
     """Its licence is what the recipe says, or the Hub's card of the data; nothing is guessed."""
     path, number = source["path"], source.get("recipe_source")
     recipes = run.config["data"]["sources"]
-    recipe = recipes[number] if number is not None else next((s for s in recipes if s["path"] == path), {})
+    named = (recipe for recipe in recipes if recipe["path"] == path)
+    recipe = recipes[number] if number is not None and number < len(recipes) else next(named, {})
     hub = on_hub(path, run)
     licence = recipe.get("license") or (licence_on_hub(path, "dataset") if hub else None) or NOT_STATED
     return [

@@ -24,6 +24,7 @@ BLOCK_BYTES = 2.5e8
 
 def tell_non_finite(config: RunConfig, corpus: Corpus, plan: BatchPlan, result: StepResult) -> str:
     """A sentence that names the step and the rows to blame; writes run_dir/non_finite/step-….json with all its rows."""
+    assert result.scored is not None
     reason, blamed = find_blame(result.scored, corpus.num_negatives[plan.rows], config.loss)
     rows = [
         {"source": corpus.source_names[source], "row": number, "blamed": bool(is_blamed)}

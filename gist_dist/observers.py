@@ -1,4 +1,4 @@
-"""What follows a run from outside: metrics.jsonl, a line in the log every few seconds, TensorBoard. Rank 0's."""
+"""What follows a run from outside: metrics.jsonl, a line in the log every few seconds, the trackers. Rank 0's."""
 
 import logging
 import time
@@ -8,6 +8,7 @@ from typing import Any
 from gist_dist.config import RunConfig
 from gist_dist.errors import UserError
 from gist_dist.metrics import MetricsFile
+from gist_dist.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -20,35 +21,26 @@ class Observers:
     def __init__(
         self, config: RunConfig, num_steps: int, done: int, other: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
-        """done: steps that the run goes on after. UserError if metrics.jsonl can't be written."""
+        """done: steps that the run goes on after. UserError if metrics.jsonl can't be written or a tracker opened."""
         try:
             self.metrics = MetricsFile(config.run_dir / "metrics.jsonl", resume_after=done)
         except OSError as error:
             raise UserError(f"{config.run_dir}/metrics.jsonl can't be written: {error}; free space") from error
         self._progress = _Progress(num_steps, done)
-        self._tensorboard = _tensorboard(config)
+        self._trackers = Trackers(config, done, must_open=done == 0)  # a week of training outlives a tracker's server
         self._other = other
 
     def observe(self, line: dict[str, Any]) -> None:
         self.metrics.write(line)
         self._progress.show(line)
-        if self._tensorboard:
-            self._to_tensorboard(lambda writer: _write_scalars(writer, line))
+        self._trackers.log(line, line["step"])
         if self._other:
             self._other(line)
 
     def close(self) -> None:
         """UserError for lines of metrics.jsonl that can't be written."""
-        if self._tensorboard:
-            self._to_tensorboard(lambda writer: writer.close())
+        self._trackers.close()
         self.metrics.close()
-
-    def _to_tensorboard(self, write: Callable[[Any], None]) -> None:
-        try:
-            write(self._tensorboard)
-        except OSError as error:  # a copy of metrics.jsonl is no reason to lose a run
-            logger.warning("TensorBoard's events can't be written (%s); they end here", error)
-            self._tensorboard = None
 
 
 class _Progress:
@@ -71,25 +63,12 @@ class _Progress:
             "not finite" if line["loss"] is None else f"{line['loss']:.4f}",
             line["pairs_per_second"],
             100 * line["masked_fraction"],
-            _clock(remaining),
+            clock(remaining),
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: int | float) -> str:
+    """1:05, or 2:01:05 from an hour on."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _tensorboard(config: RunConfig) -> Any:
-    if not config.tracking.tensorboard:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(config.run_dir / "tensorboard"))
-
-
-def _write_scalars(writer: Any, line: dict[str, Any]) -> None:
-    for name, value in line.items():
-        if isinstance(value, int | float) and name != "step":
-            writer.add_scalar(name, value, line["step"])

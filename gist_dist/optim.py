@@ -42,7 +42,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients down to max_norm; returns their norm before. Parameters without gradient don't count."""
     with_gradient = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in with_gradient])
+    norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
     return norm

@@ -8,7 +8,7 @@ from html import escape
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeGuard
 
 BLOCKS = {"ap": "anchor–positive", "aa": "anchor–anchor", "pp": "positive–positive", "an": "anchor–negative"}
 """Blocks of candidates (see loss.py) in words."""
@@ -20,7 +20,7 @@ LINES = {
     "--c5": "#a8323e", "--c6": "#8a7a1f", "--c7": "#2a8a96", "--c8": "#6b4a34",
 }  # fmt: skip
 """CSS variable of the page -> colour of the PNG."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "text.color": COLORS["--ink"],
@@ -125,7 +125,7 @@ def write_plots(
 ) -> list[Plot]:
     """Write folder/NAME.png of what there is to draw; a plot that has nothing to show any more is removed.
 
-    seconds: by phase, with their whole under "step"; tasks: (name, before, after) in points.
+    seconds: by phase, "other" included, and their whole under "step"; tasks: (name, before, after) in points.
     """
     import matplotlib
 
@@ -183,7 +183,7 @@ def _curves_of_run(spec: Curves, metrics: list[dict[str, Any]], max_grad_norm: f
     if spec.name == "grad_norm" and max_grad_norm:
         axes.axhline(max_grad_norm, color=COLORS["--muted"], linewidth=0.8, linestyle=(0, (4, 3)))
     if spec.section == "training":
-        lost = [row["step"] for row in metrics if spec.name in row and not _is_finite(row[spec.name])]
+        lost = [row["step"] for row in metrics if spec.name in row and not is_finite(row[spec.name])]
         transform = axes.get_xaxis_transform()
         axes.plot(lost, [0.03] * len(lost), "x", color=COLORS["--down"], markersize=4, transform=transform)
     return figure
@@ -224,8 +224,8 @@ def _short_count(value: float) -> str:
 
 
 def _draw_phases(seconds: dict[str, float]) -> Any:
-    whole = seconds["step"]
-    shares = {phase: 100 * part / whole for phase, part in seconds.items() if phase != "step" and part and whole}
+    parts = {phase: part for phase, part in seconds.items() if phase != "step" and part > 0}
+    shares = {phase: 100 * part / sum(parts.values()) for phase, part in parts.items()}
     if not shares:
         return None
     figure, axes = _figure(left=0.19, bottom=0.06)
@@ -270,8 +270,8 @@ def _figure(left: float = 0.1, bottom: float = 0.165) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and -math.inf < value < math.inf  # math.isfinite fails at endless integers
 
 
 def _points(
@@ -282,7 +282,7 @@ def _points(
     places: of every step on the x axis; by default its number.
     """
     steps = [row["step"] for row in metrics] if places is None else places
-    known = [(x, scale * row[key]) for x, row in zip(steps, metrics, strict=True) if _is_finite(row.get(key))]
+    known = [(x, scale * row[key]) for x, row in zip(steps, metrics, strict=True) if is_finite(row.get(key))]
     size = math.ceil(len(known) / MAX_POINTS) or 1
     bins = [known[i : i + size] for i in range(0, len(known), size)]
     return [fmean(x for x, _ in part) for part in bins], [fmean(value for _, value in part) for part in bins]

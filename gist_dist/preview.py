@@ -111,22 +111,26 @@ class Preview:
     @property
     def kept_share(self) -> float:
         """Of the chunks, those whose activations fit the budget and that are encoded once."""
-        tokens = np.mean([plan.padded_tokens for plan in self.plans]) / self.config.cluster.max_workers
+        tokens = float(np.mean([plan.padded_tokens for plan in self.plans])) / self.config.cluster.max_workers
         return min(1.0, self.config.batch.activation_gb * 1e9 / (tokens * self.activation_bytes_per_token))
 
     @property
     def cache_flops(self) -> float:
         """Of filling the guide cache for the whole run: what is missing, and after each refresh what is read until the
         next one."""
-        inputs, refresh = self.guide_inputs, self.config.guide.refresh
+        inputs, refresh = self.guide_inputs, self.config.guide_refresh
+        assert self.guide and inputs
         whole = self.guide.forward_flops(inputs.num_tokens)
+        missing = self.guide.forward_flops(inputs.missing_tokens)
         renewals = (self.num_steps - 1) // refresh if refresh else 0
-        last = self.num_steps - renewals * refresh if renewals else 0
-        flops = self.guide.forward_flops(inputs.missing_tokens) + min(whole, last * self.guide_flops)
-        return flops + max(0, renewals - 1) * min(whole, refresh * self.guide_flops) if renewals else flops
+        if not refresh or not renewals:
+            return missing
+        last = self.num_steps - renewals * refresh
+        renewed = (renewals - 1) * min(whole, refresh * self.guide_flops)
+        return missing + renewed + min(whole, last * self.guide_flops)
 
     def _models(self) -> list[str]:
-        table = [("", "parameters", "in embeddings", "width", "tokens at most", "model")]
+        table: list[Sequence[str]] = [("", "parameters", "in embeddings", "width", "tokens at most", "model")]
         table.append(("student", *_model_cells(self.student)))
         if self.guide is not None:
             table.append(("guide", *_model_cells(self.guide)))
@@ -245,10 +249,10 @@ class Preview:
         ]
 
     def _memory(self) -> list[str]:
-        batch, guide = self.config.batch, self.config.guide
+        batch, mode = self.config.batch, self.config.guide_mode
         texts = max(len(plan.texts) for plan in self.plans)
         chunk = max(chunk.padded_tokens for plan in self.plans for chunk in plan.student_chunks)
-        loaded = self.guide is not None and guide.mode == "online"
+        loaded = self.guide if mode == "online" else None
         no_weights = {None: "none", "self": "the student is its own", "cache": "not loaded: its embeddings are read"}
         table = [
             (
@@ -256,7 +260,7 @@ class Preview:
                 self.student.num_parameters * TRAINING_BYTES_PER_PARAMETER,
                 "weights, gradients and Adam's means",
             ),
-            ("guide", self.guide.num_bytes if loaded else 0, "weights" if loaded else no_weights[guide and guide.mode]),
+            ("guide", loaded.num_bytes if loaded else 0, "weights" if loaded else no_weights[mode]),
             (
                 "embeddings",
                 texts * self.student.width * 2 * 4,
@@ -278,7 +282,7 @@ class Preview:
         )
 
     def _cost(self) -> list[str]:
-        workers, is_online = self.config.cluster.max_workers, self.guide and self.config.guide.mode == "online"
+        workers, is_online = self.config.cluster.max_workers, self.config.guide_mode == "online"
         student, guide = self.student_flops, self.guide_flops if is_online else 0.0
         filling = self.cache_flops if self.guide and not is_online else 0.0
         share = f"{guide / (student + guide):.0%} of that is the guide" if is_online else "there is no guide in it"
@@ -291,9 +295,9 @@ class Preview:
 
     def _guide(self) -> list[str]:
         """What the guide costs online and cached, and which is less."""
-        if self.guide is None:
-            return ["costs nothing: no second model, no second forward" if self.config.guide else "there is no guide"]
         inputs, step, steps = self.guide_inputs, self.guide_flops, self.num_steps
+        if self.guide is None or inputs is None:
+            return ["costs nothing: no second model, no second forward" if self.config.guide else "there is no guide"]
         share, once = step / (step + self.student_flops), self.guide.forward_flops(inputs.num_tokens)
         size = _size(inputs.number * self.guide.width * CACHED_BYTES_PER_NUMBER)
         lines = [
@@ -302,14 +306,14 @@ class Preview:
         ]
         if there := inputs.number - inputs.num_missing:
             lines.append(("", f"{there:,} of them are there, {inputs.num_missing:,} are missing"))
-        if self.config.guide.refresh:
+        if self.config.guide_refresh:
             lines.append(("", f"with what is read after each refresh, {_flops(self.cache_flops)} the run"))
         pays = once / (step * self.steps_per_epoch)
         lines.append(("pays", f"after {pays:,.2f} epochs; the run has {steps / self.steps_per_epoch:,.2f}"))
         return _pairs(*lines, ("advice", self._advice(step * steps, self.cache_flops, share)))
 
     def _advice(self, online: float, cached: float, share: float) -> str:
-        mode, saved = self.config.guide.mode, abs(online - cached) / (online + self.student_flops * self.num_steps)
+        mode, saved = self.config.guide_mode, abs(online - cached) / (online + self.student_flops * self.num_steps)
         if cached < online:
             verb = "saves" if mode == "cache" else "would save"
             return f"guide.mode=cache {verb} about {share:.0%} of a step's encoder work, {saved:.0%} of the run's"
@@ -347,7 +351,7 @@ def _guide_inputs(config: RunConfig, guide: Guide, corpus: Corpus) -> GuideInput
     texts = corpus.texts_in_use
     texts = texts[np.unique(corpus.guide_keys[texts, 0], return_index=True)[1]]
     missing = texts
-    if config.guide.mode == "cache":
+    if config.guide_mode == "cache":
         missing = texts[open_guide_cache(config, guide).find(corpus.guide_keys[texts]) < 0]
     lengths = corpus.guide_lengths.astype(np.int64)
     return GuideInputs(len(texts), int(lengths[texts].sum()), len(missing), int(lengths[missing].sum()))
@@ -357,6 +361,7 @@ def _model_size(encoder: Encoder) -> ModelSize:
     parameters = list(encoder.model.parameters())
     tables = {id(m.weight): m.weight for m in encoder.model.modules() if isinstance(m, nn.Embedding)}
     total = sum(p.numel() for p in parameters)
+    assert encoder.config.model is not None
     return ModelSize(
         model=encoder.config.model,
         width=encoder.width,

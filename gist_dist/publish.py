@@ -60,6 +60,7 @@ def pushed_commit(run_dir: Path, repo_id: str | None) -> str | None:
 def _push(hub: HubConfig, model: Path) -> Any:
     from huggingface_hub import HfApi
 
+    assert hub.repo_id is not None
     api = HfApi()
     api.create_repo(hub.repo_id, private=hub.private, exist_ok=True)
     if hub.private and not api.model_info(hub.repo_id).private:

@@ -62,7 +62,8 @@ class RunState:
 
         def received(file: str) -> dict[str, Tensor]:
             own = snapshot.tensors.get(file, {}) if snapshot else {}
-            return {name: self._received(own.get(name), *form, device) for name, form in forms.get(file, {}).items()}
+            of_file = forms.get(file, {}).items()
+            return {name: self._received(own.get(name), shape, dtype, device) for name, (shape, dtype) in of_file}
 
         weights = received("model")
         for name, tensor in model_tensors(student.model).items():
@@ -73,7 +74,7 @@ class RunState:
 
     def save(self, step: int) -> None:
         """Keep the state after a step; it is written while training goes on. All wait for a write that still lasts."""
-        on_rank_0(lambda: self.writer.get_ready(), self.world)
+        on_rank_0(lambda: self._writer().get_ready(), self.world)
         self._save(step)
 
     def keep(self, step: int) -> str:
@@ -82,16 +83,21 @@ class RunState:
             return "the state before it is the untrained student"
         if step != self.kept:
             self._save(step)
-        return self.writer.finish() or f"the state before it is kept in {self.store.place_of(step)}"
+        return self._writer().finish() or f"the state before it is kept in {self.store.place_of(step)}"
 
     def finish(self) -> str | None:
         """Wait, on every worker, for the newest checkpoint; tells why it is missing, if it is."""
-        on_rank_0(lambda: self.writer.finish(), self.world)
+        on_rank_0(lambda: self._writer().finish(), self.world)
         return broadcast_object(self.writer and self.writer.problem, self.world)
 
     def close(self) -> None:
         if self.writer:
             self.writer.close()
+
+    def _writer(self) -> CheckpointWriter:
+        """On rank 0, which alone has one."""
+        assert self.writer is not None
+        return self.writer
 
     def _save(self, step: int) -> None:
         self.kept = step
@@ -112,7 +118,7 @@ class RunState:
     def _check(self, snapshot: Snapshot, place: str) -> None:
         """UserError for a checkpoint of another run."""
         facts, tensors, student = snapshot.facts, snapshot.tensors, self.trainee.student.model
-        before, told = (facts.get(key) if isinstance(facts.get(key), dict) else {} for key in ("identity", "told"))
+        before, told = _mapping(facts.get("identity")), _mapping(facts.get("told"))
         for key in ("data", *self.identity):
             if key in before | {"data": None} and before.get(key) != self.identity[key]:
                 raise UserError(
@@ -145,6 +151,10 @@ class RunState:
             tensor.copy_(own)
         broadcast(tensor, self.world)
         return tensor
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _identity(trainee: Trainee, guidance: Guidance) -> dict[str, Any]:

@@ -67,9 +67,9 @@ class RunFolder:
     def is_trained(self) -> bool:
         try:
             state = json.loads((self.folder / "state.json").read_text())
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError):
             return False
-        return state.get("state") == "trained" and (self.folder / "model").is_dir()
+        return isinstance(state, dict) and state.get("state") == "trained" and (self.folder / "model").is_dir()
 
     def write_data_summary(self, corpus: Corpus, sampler: Sampler) -> None:
         """data.json: what became of the data, and what the first epoch does with it."""

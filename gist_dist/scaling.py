@@ -228,7 +228,7 @@ def _memory(work: Workload, kept_tokens: Number, num_gpus: int, gpu: Gpu) -> dic
     scoring = d * SUM_BYTES * 2 + (
         0 if on_gpu else 4 * (d + e)
     )  # without the kernels, of embeddings in table order too
-    guide_bytes = (2 if work.guide_bf16 else 4) * work.guide.num_parameters if work.guide_tokens else 0.0
+    guide_bytes = (2 if work.guide_bf16 else 4) * work.guide.num_parameters if work.guide and work.guide_tokens else 0.0
     return {
         "student": work.student.num_parameters * TRAINING_BYTES_PER_PARAMETER,
         "guide": guide_bytes,
@@ -250,7 +250,7 @@ def check_gpus(num_gpus: int, kind: str) -> None:
 
 def plan_lines(plan: Any, num_gpus: int, kind: str) -> list[str]:
     """What `gist-dist plan --gpus` prints of a preview.Preview."""
-    cached = plan.guide is not None and plan.config.guide.mode == "cache"
+    cached = plan.config.guide_mode == "cache"
     return estimate_lines(
         workload(plan), plan.num_steps, plan.guide_inputs.missing_tokens if cached else 0, num_gpus, kind
     )
@@ -306,7 +306,7 @@ def workload(plan: Any) -> Workload:
     def mean(values: Iterator[Number]) -> Number:
         return sum(values) / len(plans)
 
-    guide_online = plan.guide is not None and config.guide.mode == "online"
+    guide_online = config.guide_mode == "online"
     chunks = mean(len(batch.student_chunks) for batch in plans)
     tokens = mean(batch.padded_tokens for batch in plans)
     return Workload(

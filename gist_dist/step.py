@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -25,6 +25,8 @@ GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """batch.gather_precision, where embeddings are rounded for it; on one worker too, so that it makes no difference."""
 
 PHASES = ("encode", "guide", "gather", "loss", "scatter", "backward", "reduce", "optimizer")
+
+NonFinite = Literal["loss", "gradient"] | None
 
 
 class Scored(NamedTuple):
@@ -50,7 +52,7 @@ class StepResult:
     """By phase, on this worker."""
     scored: Scored | None = None
     """Only where it was asked for, or something is not finite: it is as large as the embeddings of the batch."""
-    non_finite: Literal["loss", "gradient"] | None = None
+    non_finite: NonFinite = None
     """What is not finite; the optimizer has then not stepped."""
 
 
@@ -79,23 +81,25 @@ class Trainee:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What this worker encodes in a step, by number of the chunk."""
+    """How the chunks of a step are dealt, and what this worker encodes of them, by number of the chunk."""
 
+    hands: list[list[int]]
+    guide_hands: list[list[int]]
     student: dict[int, Padded]
     guide: dict[int, Padded]
 
 
-def prepare_inputs(trainee: Trainee, plan: BatchPlan) -> StepInputs:
-    """May run ahead, in another thread."""
-    corpus, world = trainee.corpus, trainee.world
-
-    def own(chunks: tuple[Chunk, ...], texts: np.ndarray) -> dict[int, np.ndarray]:
-        return {c: texts[chunks[c].texts] for c in deal(chunks, world.size)[world.rank]}
-
-    students, guides = own(plan.student_chunks, plan.texts), own(plan.guide_chunks, plan.guide_inputs)
+def prepare_inputs(trainee: Trainee, plan: BatchPlan, speeds: Sequence[float] | None = None) -> StepInputs:
+    """May run ahead, in another thread. speeds: of every worker, the same on all of them; see deal()."""
+    corpus, guide, world = trainee.corpus, trainee.guide, trainee.world
+    hands, guide_hands = (deal(chunks, world.size, speeds) for chunks in (plan.student_chunks, plan.guide_chunks))
+    students = {c: plan.texts[plan.student_chunks[c].texts] for c in hands[world.rank]}
+    guides = {c: plan.guide_inputs[plan.guide_chunks[c].texts] for c in guide_hands[world.rank]}
     return StepInputs(
+        hands,
+        guide_hands,
         {c: trainee.student.padded(corpus.student_tokens(t)) for c, t in students.items()},
-        {c: trainee.guide.padded(corpus.guide_tokens(t)) for c, t in guides.items()},
+        {c: guide.padded(corpus.guide_tokens(t)) for c, t in guides.items()} if guide else {},
     )
 
 
@@ -110,7 +114,7 @@ def train_step(
     inputs = inputs or prepare_inputs(trainee, plan)
     config, world, clock = trainee.config, trainee.world, Clock(trainee.student.device)
     chunks = plan.student_chunks
-    hands = deal(chunks, world.size)
+    hands = inputs.hands
     own = hands[world.rank]
 
     def encode(chunk: int) -> Tensor:
@@ -139,7 +143,7 @@ def train_step(
         trainee.gradients.give()
     with clock("optimizer"):
         loss, norm = totals.pop("loss"), clip_gradients(trainee.student.parameters(), config.optim.max_grad_norm).item()
-        non_finite = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) else None
+        non_finite: NonFinite = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) else None
         if not non_finite:
             trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
@@ -151,7 +155,7 @@ def _guide_rows(trainee: Trainee, plan: BatchPlan, inputs: StepInputs, student_r
     """The guide's embeddings of all unique texts: encoded now, read from the cache, or the student's own."""
     if trainee.config.guide is None:
         return None
-    if trainee.config.guide.mode == "self":
+    if trainee.config.guide_mode == "self":
         return student_rows
     if plan.guide_embeddings is not None:
         distinct = torch.from_numpy(plan.guide_embeddings).to(student_rows.device)
@@ -164,9 +168,10 @@ def _guide_rows(trainee: Trainee, plan: BatchPlan, inputs: StepInputs, student_r
 
 def _encode_guide(trainee: Trainee, plan: BatchPlan, inputs: StepInputs) -> Tensor:
     """The guide's embeddings of its distinct inputs; this worker encodes those of its chunks."""
+    assert trainee.guide is not None
     local = _stack([trainee.guide.encode(padded) for padded in inputs.guide.values()], trainee.guide)
-    hands = deal(plan.guide_chunks, trainee.world.size)
-    return _gather_texts(local.half(), plan.guide_chunks, hands, trainee.world)  # exact: they are rounded to fp16
+    rounded = local.half()  # exact: they are rounded to fp16
+    return _gather_texts(rounded, plan.guide_chunks, inputs.guide_hands, trainee.world)
 
 
 def _stack(embeddings: list[Tensor], encoder: Student | Guide) -> Tensor:

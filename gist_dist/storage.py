@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
@@ -159,7 +161,7 @@ class Store:
                 if _last_change(old) < time.time() - STALE_SECONDS:
                     shutil.rmtree(old)
         folder = parent / f"{SCRATCH_PREFIX}{uuid.uuid4().hex}"
-        folder.mkdir()
+        folder.mkdir(mode=0o700)
         try:
             yield folder
         finally:
@@ -212,10 +214,25 @@ def local_copy(store: Store, files: Mapping[str, str], folder: Path) -> Path:
 
 
 def copies_folder(local_folder: str | None, *names: str) -> Path:
-    """Where this node keeps its copy of something: below data.local_copy, or else below the folder for temporary files
-    under a name of this user."""
-    base = Path(local_folder).expanduser() if local_folder else Path(tempfile.gettempdir()) / f"gist-dist-{os.getuid()}"
+    """Where this node keeps its copy of something: below data.local_copy, or else below a folder of this user's that
+    is made among the temporary files. UserError if another user has that name."""
+    base = Path(local_folder).expanduser() if local_folder else _own_temporary_folder()
     return base.joinpath(*names)
+
+
+def _own_temporary_folder() -> Path:
+    """The same for all processes of this user on this node; nobody else may read or write there."""
+    folder = Path(tempfile.gettempdir()) / f"gist-dist-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid():
+            raise UserError(f"{folder} is not this user's; set data.local_copy to a folder that is")
+        if found.st_mode & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise UserError(f"{folder} can't be made: {_reason(error)}; set data.local_copy to another folder") from error
+    return folder
 
 
 def sha256(path: Path) -> str:
@@ -231,21 +248,22 @@ def _fetch(store: Store, name: str, digest: str, target: Path) -> None:
         raise UserError(f"{where} is damaged (its checksum is wrong); remove it, and it is made again")
 
 
-def _is_intact(path: Path, digest: str, mark: list | None) -> bool:
+def _is_intact(path: Path, digest: str, mark: Any) -> bool:
     if not path.exists():
         return False
     return mark == [digest, path.stat().st_mtime_ns] or sha256(path) == digest
 
 
-def _read_marks(folder: Path) -> dict[str, list]:
-    """Name → SHA-256 and time of change of the file when it was checked."""
+def _read_marks(folder: Path) -> dict[str, Any]:
+    """Name → SHA-256 and time of change of the file when it was checked; nothing unless all of it can be read."""
     try:
-        return json.loads((folder / ".checked.json").read_text())
-    except (OSError, ValueError):
+        marks = json.loads((folder / ".checked.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return marks if isinstance(marks, dict) else {}
 
 
-def _sha256_of(stream: "pa.NativeFile | object") -> str:
+def _sha256_of(stream: Any) -> str:
     digest = hashlib.sha256()
     while block := stream.read(BLOCK_BYTES):
         digest.update(block)

@@ -23,6 +23,7 @@ from gist_dist.metrics import metrics_line, peak_memory_bytes
 from gist_dist.non_finite import tell_non_finite
 from gist_dist.observers import Observers
 from gist_dist.optim import build_optimizer, learning_rate, set_learning_rate
+from gist_dist.pace import Pace
 from gist_dist.resume import RunState
 from gist_dist.step import StepInputs, StepResult, Trainee, prepare_inputs, train_step
 from gist_dist.watchdog import Watchdog
@@ -51,21 +52,21 @@ def train(
     function again. Raises UserError, on every worker, for a run that can't go on.
     """
     sampler = Sampler(corpus, config)
-    is_cached = isinstance(guide, GuideCache)
+    model, cache = (None, guide) if isinstance(guide, GuideCache) else (guide, None)
     optimizer = build_optimizer(student.model, config.optim)
-    trainee = Trainee(config, corpus, student, None if is_cached else guide, optimizer, world)
-    guidance = Guidance(trainee, sampler, guide if is_cached else None)
+    trainee = Trainee(config, corpus, student, model, optimizer, world)
+    guidance = Guidance(trainee, sampler, cache)
     with ExitStack() as ends:
         state = RunState(trainee, guidance)
         ends.callback(state.close)
         done = state.resume()
         observers = on_rank_0(lambda: Observers(config, sampler.num_steps, done, observe), world)
-        if observers:
+        if observers and state.writer:  # on rank 0
             ends.callback(observers.close)
             state.writer.before_commit = observers.metrics.sync
         last = _train_steps(trainee, guidance, sampler, state, observers, wants, done)
         _keep_result(trainee, state, last, sampler.num_steps)
-        on_rank_0(lambda: observers.close(), world)
+        on_rank_0(lambda: observers.close() if observers else None, world)
         return "finished" if last == sampler.num_steps else "stopped"
 
 
@@ -83,19 +84,22 @@ def _train_steps(
     every, request = config.checkpoint.every_steps, None
     watchdog = Watchdog(config.cluster.hang_timeout_s, config.run_dir / "logs" / f"hang-{world.rank}.txt")
 
-    def plan(step: int) -> tuple[BatchPlan, StepInputs]:
+    pace = Pace(world, is_on=config.cluster.deal_by_speed)
+
+    def plan(step: int, speeds: list[float] | None) -> tuple[BatchPlan, StepInputs]:
         batch = guidance.plan(step)
-        return batch, prepare_inputs(trainee, batch)
+        return batch, prepare_inputs(trainee, batch, speeds)
 
     with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
-        upcoming = planner.submit(plan, done + 1) if done < sampler.num_steps else None
+        upcoming = planner.submit(plan, done + 1, pace.speeds) if done < sampler.num_steps else None
         for step in range(done + 1, sampler.num_steps + 1):
             started = time.perf_counter()
+            assert upcoming is not None
             with watchdog.watching(step):
                 batch, inputs = upcoming.result()
             waited = time.perf_counter() - started
             if step < sampler.num_steps and not guidance.changes_after(step):
-                upcoming = planner.submit(plan, step + 1)
+                upcoming = planner.submit(plan, step + 1, pace.speeds)
             rate = learning_rate(step, sampler.num_steps, config.optim)
             set_learning_rate(trainee.optimizer, rate)
             shows = world.rank == 0 and masking_is_shown(config, step, sampler.num_steps)
@@ -106,17 +110,18 @@ def _train_steps(
             result.seconds["plan"] = waited
             seconds = time.perf_counter() - started
             mine = {"memory": float(peak_memory_bytes(device)), "request": float(REQUESTS.index(wants()))}
-            largest = all_reduce_max(mine, device, world)
+            largest = all_reduce_max(mine | pace.of_step(batch, inputs, result), device, world)
+            pace.adopt(largest)
             before, request = request, REQUESTS[int(largest["request"])]
             if observers:
                 peak, of_epoch = largest["memory"], sampler.steps_per_epoch
                 observers.observe(metrics_line(batch, result, corpus, rate, world.size, seconds, of_epoch, peak))
-            if shows and not result.non_finite:
+            if shows and result.scored and not result.non_finite:
                 write_masked_examples(config, corpus, batch, result.scored)
             result.scored = None  # its memory is the next step's
             if guidance.changes_after(step):
                 guidance.renew(step)  # before the checkpoint, which keeps what guides the next step
-                upcoming = planner.submit(plan, step + 1)
+                upcoming = planner.submit(plan, step + 1, pace.speeds)
             is_due = step == sampler.num_steps or (every and step % every == 0)
             if is_due or request == "stop" or (request == "checkpoint" and before is None):
                 state.save(step)

@@ -194,6 +194,29 @@ def fuzz_reports(rng: random.Random, place: Path, shared: Path) -> str:
     return "built"
 
 
+def fuzz_runs(rng: random.Random, place: Path, shared: Path) -> str:
+    """The folder of a run with damaged, missing and edited files: its report, its card, a comparison with it."""
+    from gist_dist.model_card import write_model_card
+    from gist_dist.report import read_run, summarize
+    from gist_dist.report.page import render_report
+
+    run = hostile_data.damaged_run(rng, place / "run")
+    what = rng.random()
+    if what < 0.15:
+        return command("report", str(run))
+    if what < 0.3:
+        good = hostile_data.plain_run(place / "good", 3)
+        return command("report", *map(str, rng.choice(((run, good), (good, run)))), "--out", str(place / "both.html"))
+    if what < 0.5:
+        write_model_card(run)
+        return "carded"
+    found = read_run(run)
+    contents = summarize(found)
+    json.dumps(contents, allow_nan=False, ensure_ascii=False).encode()
+    render_report(found, contents, [])
+    return "shown"
+
+
 TARGETS: dict[str, Callable[[random.Random, Path, Path], str]] = {
     name.removeprefix("fuzz_"): function for name, function in list(globals().items()) if name.startswith("fuzz_")
 }
@@ -226,7 +249,7 @@ def prepare(config: RunConfig) -> Any:
 
 
 def command(*arguments: str) -> str:
-    """Of `gist-dist` in this process: what it printed last. UserError for its one sentence."""
+    """`gist-dist` in this process. UserError for its one sentence."""
     from gist_dist.cli import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -235,7 +258,7 @@ def command(*arguments: str) -> str:
     if "Traceback" in err.getvalue() or status not in (0, 1):
         raise Finding(f"status {status}: {err.getvalue()[-2000:]}")
     if status == 0:
-        return "planned"
+        return "done"
     said = [line for line in err.getvalue().splitlines() if line.startswith("gist-dist: ")]
     if len(said) != 1:
         raise Finding(f"{len(said)} answers: {err.getvalue()[-2000:]}")

@@ -16,7 +16,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import tiny
 import yaml
-from hostile import TEXTS, damage, value, yaml_soup
+from hostile import TEXTS, change, damage, damage_store, value, yaml_soup
 
 NAMES = ("anchor", "query", "a.b", "", "é", "x" * 300, "\x1b[1m", "a b")
 GROUPS = ("a", "b", "../../escaped", "x\ny", "<b>", "x" * 500, "\ud800", None, 1, 2.5, ["a"])
@@ -290,6 +290,72 @@ def run_folder(rng: random.Random, folder: Path) -> Path:
         file = rng.choice([folder / "metrics.jsonl", *(folder / "mteb").rglob("*.json")])
         file.write_bytes(damage(rng, file.read_bytes()))
     return folder
+
+
+def plain_run(folder: Path, steps: int, guide: bool = True) -> Path:
+    """All files that a report is made of."""
+    from test_report import make_run
+    from test_report_page import many_examples, write_examples
+
+    run = make_run(folder, steps=steps, guide=guide)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["tracking"] = {"hub": {"repo_id": "me/mine", "license": "mit", "language": ["en"]}}
+    config["student"]["prompts"] = {"anchor": "query: ", "positive": ""}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    if guide:
+        write_examples(run, many_examples())
+    (run / "mteb" / "failures.json").write_text(json.dumps({"trained": {"SciFact": "OSError: no space"}}))
+    (run / "logs").mkdir()
+    (run / "logs" / "train.log").write_text("checkpoint /x/step-00000100 is damaged (state.json is missing); trying\n")
+    return run
+
+
+MONSTERS = (1e308, -1e308, 10**400, float("inf"), "x" * 300, [[[[]]]], "\udfff")
+
+
+def damaged_run(rng: random.Random, folder: Path) -> Path:
+    """Values, keys, lines and bytes of its files become others; files go, or become folders and links."""
+    run = plain_run(folder, rng.choice((0, 3, 60)), guide=rng.random() < 0.8)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        what = rng.random()
+        if what < 0.2:
+            damage_store(rng, run)
+            continue
+        files = [run / name for name in ("config.yaml", "data.json", "metrics.jsonl", "masked_examples.json")]
+        file = rng.choice(
+            [file for file in (*files, *files, *(run / "mteb").rglob("*.json")) if file.is_file()] or [None]
+        )
+        if file is None:
+            continue
+        if file.name == "metrics.jsonl":
+            lines = file.read_bytes().decode("utf-8", "replace").splitlines()
+            at = rng.randrange(len(lines) + 1)
+            lines[at : at + 1] = [_edited(rng, line) for line in lines[at : at + 1]] or ["{}"]
+            file.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+        else:
+            text = file.read_bytes().decode("utf-8", "replace")
+            file.write_bytes(_edited(rng, text, is_yaml=file.suffix == ".yaml").encode("utf-8", "surrogatepass"))
+    return run
+
+
+def _edited(rng: random.Random, text: str, is_yaml: bool = False) -> str:
+    try:
+        tree = yaml.safe_load(text) if is_yaml else json.loads(text)
+    except (ValueError, RecursionError, yaml.YAMLError):  # damaged once already
+        return text
+    if not isinstance(tree, dict | list) or rng.random() < 0.05:
+        tree = value(rng)
+    else:
+        change(rng, tree)
+    if rng.random() < 0.1:
+        tree = {"deep": tree}
+        for _ in range(rng.choice((30, 300))):
+            tree = {"deep": tree}
+    if is_yaml:
+        return yaml.safe_dump(tree, sort_keys=False)
+    text = json.dumps(tree, default=str)
+    number = rng.choice(("0.5", "3", "256"))
+    return text.replace(number, json.dumps(rng.choice(MONSTERS)), 1) if rng.random() < 0.2 else text
 
 
 def _with_other_texts(rng: random.Random, tree: Any) -> Any:

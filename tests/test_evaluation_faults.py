@@ -37,9 +37,10 @@ def write_set(folder: Path) -> Path:
 
 
 def write_endless_set(folder: Path) -> Path:
-    """Reading it never ends: a pipe that nobody writes to, as storage that hangs."""
+    """So large that no test waits for its end."""
     folder.mkdir(parents=True)
-    os.mkfifo(folder / "test.csv")
+    rows = (f"sentence {i},another {i},{i % 5}\n" for i in range(500_000))
+    (folder / "test.csv").write_text("sentence1,sentence2,score\n" + "".join(rows))
     return folder
 
 
@@ -185,12 +186,18 @@ def test_an_interrupted_evaluation_keeps_what_is_done_and_frees_what_runs(ray_se
     write_endless_set(tmp_path / "tasks" / "Endless")
     config = recipe(tmp_path, model, "Endless", "Fine")
     watch = starts()
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    ended, timer = [], threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+
+    def interrupt_soon(label: str, task: str, *rest: object) -> None:
+        ended.append(task)
+        timer.start()
+
     try:
         with pytest.raises(KeyboardInterrupt):  # once one is done, while the driver waits for the other
-            evaluate_models({"trained": str(model)}, config, tmp_path / "mteb", lambda *event: timer.start())
+            evaluate_models({"trained": str(model)}, config, tmp_path / "mteb", interrupt_soon)
     finally:
         timer.cancel()
+    assert ended == ["Fine"]
     assert sorted(read_results(tmp_path / "mteb" / "trained")) == ["Fine"]
     assert cpus_are_free(ray_session["CPU"]) and is_gone(watch.processes[0])
 

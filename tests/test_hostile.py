@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import fuzz
+import hostile_data
 import pytest
 import tiny
 import yaml
@@ -22,10 +23,11 @@ from gist_dist.encoder import Student
 from gist_dist.errors import UserError
 from gist_dist.hub import go_offline_if_unreachable
 from gist_dist.plain_yaml import load_plain
+from gist_dist.report import read_run, summarize
 
 CASES = {
     "yaml": 100, "recipes": 40, "sources": 60, "corpora": 25, "guide_caches": 60, "tasks": 40, "checkpoints": 60,
-    "reports": 4,
+    "reports": 4, "runs": 60,
 }  # fmt: skip
 MENDED = ("guide_caches", "checkpoints", "reports")
 """Where what is damaged is made again, passed over or shown as it is."""
@@ -255,8 +257,7 @@ def test_the_report_and_the_card_escape_what_texts_bring(tmp_path):
     (run / "mteb" / "failures.json").write_text(json.dumps({"trained": {MARKUP: MARKUP}}))
     for label in ("baseline", "trained"):
         write_result(run / "mteb" / label, "Mine", 0.5, MARKUP, MARKUP)
-    if (write_examples := examples_of(MARKUP)) is not None:
-        (run / "masked_examples.json").write_text(json.dumps(write_examples))
+    (run / "masked_examples.json").write_text(json.dumps(examples_of(MARKUP)))
     summary = build_report(run)
     page = (run / "report.html").read_text()
     assert page.count("&lt;script&gt;") > 10
@@ -270,10 +271,78 @@ def test_the_report_and_the_card_escape_what_texts_bring(tmp_path):
     assert "trust_remote_code: true" in whole_card
 
 
-def examples_of(text):
-    from gist_dist.report.run import EXAMPLE_KEYS
+@pytest.mark.parametrize(
+    ("file", "keys", "value", "told"),
+    [
+        ("config.yaml", ("student",), 5, "is no recipe that was run: student = 5: input should be a valid dictionary"),
+        ("config.yaml", ("data", "sources", 0, "path"), None, "data.sources.0.path = None: input should be"),
+        ("config.yaml", ("environment",), [1], "environment = [1]: input should be a valid dictionary"),
+        ("config.yaml", ("optim", "max_grad_norm"), "1", "optim.max_grad_norm = '1': input should be a valid number"),
+        ("config.yaml", ("evaluate", "tasks"), {"STS12": 1}, "evaluate.tasks = {'STS12': 1}: input should be"),
+        ("data.json", ("sources",), None, "is damaged: sources = None: input should be a valid list; remove it"),
+        ("data.json", ("sources", 1, "rows_read"), "6", "is damaged: sources.1.rows_read = '6': input"),
+        ("data.json", ("sources", 0, "dropped"), [1], "sources.0.dropped = [1]: input should be a valid dictionary"),
+        ("data.json", ("steps",), float("nan"), "steps = nan: input should be a finite number"),
+        ("data.json", ("num_rows",), 10**400, "can't be read as JSON: a number is larger than 1e+100"),
+        ("data.json", ("content",), "\ud800", "can't be read as JSON: 'utf-8' codec can't encode character"),
+        ("mteb/trained/STS12.json", ("scores",), [], "not an MTEB result (scores = []: input should be"),
+        ("mteb/trained/STS12.json", ("task_name",), ["a"], "(task_name = ['a']: input should be a valid"),
+        ("mteb/trained/STS12.json", ("scores", "test"), [], "not an MTEB result (it has no score)"),
+        ("mteb/guide/details/SciFact.json", ("kind",), {}, "details/SciFact.json: not an MTEB result (kind = {}"),
+        ("mteb/failures.json", ("trained",), "no", "is damaged: trained = 'no': input should be a"),
+        ("masked_examples.json", ("examples",), 5, "masked_examples.json: is damaged: examples = 5: input should be a"),
+        ("masked_examples.json", ("examples", 3, "row"), None, "examples.3.row = None: input should be a valid number"),
+    ],
+)  # fmt: skip
+def test_a_file_of_a_run_that_is_another_shape_is_told_in_a_sentence(tmp_path, capsys, file, keys, value, told):
+    run, good = (hostile_data.plain_run(tmp_path / name, steps=3) for name in ("run", "good"))
+    read, write = (yaml.safe_load, yaml.safe_dump) if file.endswith("yaml") else (json.loads, json.dumps)
+    node = tree = read((run / file).read_text())
+    for key in keys[:-1]:
+        node = node[key]
+    node[keys[-1]] = value
+    (run / file).write_text(write(tree))
+    for command in (["report", str(run)], ["report", str(good), str(run)]):
+        assert main(command) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"gist-dist: {run / file}: ") and told in line
+    assert not list(tmp_path.rglob("*.html"))
 
-    example = dict.fromkeys(EXAMPLE_KEYS, 0.5) | dict.fromkeys(
+
+@pytest.mark.parametrize(
+    "line",
+    ["{}", "5", "[" * 10**5, '{"step": 4, "loss": ' + "9" * 400 + "}", '{"step": -1}', '{"step": true}',
+     '{"step": "4"}', '{"step": 4, "rows": "256"}', '{"step": 4, "epoch": NaN}', '{"step": 4, "sources": 5}',
+     '{"step": 4, "seconds": []}', '{"step": 4, "sources": {"\\ud800": 1}}', '{"step": 1' + "0" * 30 + "}"],
+    ids=range(13),
+)  # fmt: skip
+def test_a_step_that_is_none_is_left_out_and_told(tmp_path, line):
+    run = hostile_data.plain_run(tmp_path / "run", steps=3)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    contents = summarize(read_run(run))
+    assert contents["training"]["steps"] == 3
+    assert [w["text"] for w in contents["warnings"] if w["code"] == "metrics_damaged"] == [
+        "1 line of metrics.jsonl can't be read; what is shown is without them."
+    ]
+
+
+@pytest.mark.parametrize("value", ["x", [1], {"a": 1}, True, float("inf"), 1e99, -1e99, 1e-320, None])
+def test_a_measurement_of_any_kind_has_a_page(tmp_path, value):
+    """Of every number of a step, and of what it counts by phase and source."""
+    run = hostile_data.plain_run(tmp_path / "run", steps=3)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line |= dict.fromkeys(line.keys() - {"step", "epoch", "rows", "sources", "seconds"}, value)
+        line |= {key: dict.fromkeys(line[key], value) for key in ("sources", "seconds")}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(run)]) == 0 and json.loads((run / "report.json").read_text())["training"]["steps"] == 3
+
+
+def examples_of(text):
+    from gist_dist.report.shapes import MaskedExample
+
+    example = dict.fromkeys(MaskedExample.model_fields, 0.5) | dict.fromkeys(
         ("chosen", "source", "anchor", "positive", "candidate"), text
     )
     return {"examples": [example | {"block": "ap", "row": 3}], "step": 1}

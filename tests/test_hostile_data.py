@@ -12,13 +12,14 @@ from pathlib import Path
 import fuzz
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import yaml
 
 from gist_dist.cli import main
 from gist_dist.config import SourceConfig, parse_config
-from gist_dist.data import formats, merge, places
+from gist_dist.data import batches, formats, merge, places
 from gist_dist.data.corpus import MANIFEST, prepare
 from gist_dist.data.sources import Source
 from gist_dist.encoder import Guide, Student
@@ -99,6 +100,76 @@ def test_a_text_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
         path.write_bytes(gzip.compress(begin + b"a" * 10**6))
         with pytest.raises(UserError, match=f"{path.name} line 1|{path.name} line 2"):
             list(source(path).read())
+
+
+def bombs(folder: Path) -> dict[str, Path]:
+    """Files of a few kilobytes whose 400 rows have one text of 300,000 characters each, or ten of them in a list."""
+    text, num_rows = "x" * 300_000, 400
+    one = pa.DictionaryArray.from_arrays(pa.array([0] * num_rows, pa.int32()), pa.array([text]))
+    ten = pa.ListArray.from_arrays(
+        pa.array(range(0, 10 * num_rows + 1, 10), pa.int32()),
+        pa.DictionaryArray.from_arrays(pa.array([0] * 10 * num_rows, pa.int32()), pa.array([text])),
+    )
+    table = pa.table({"anchor": one, "positive": pa.array(["b"] * num_rows), "negatives": ten})
+    same = np.tile(np.array([len(text), 0x78787878, 0, 0], np.int32), num_rows)
+    buffers = [None, pa.py_buffer(same), pa.py_buffer(text.encode())]
+    views = pa.Array.from_buffers(pa.string_view(), num_rows, buffers)
+    paths = {
+        name: folder / name for name in ("flat.parquet", "lists.parquet", "flat.arrow", "lists.arrow", "views.arrow")
+    }
+    flat = table.drop_columns("negatives")
+    for name, content in {
+        "flat": flat, "lists": table.drop_columns("anchor").add_column(0, "anchor", [["a"] * num_rows]),
+        "views": pa.table({"anchor": views, "positive": ["b"] * num_rows}),
+    }.items():  # fmt: skip
+        with pa.ipc.new_file(str(folder / f"{name}.arrow"), content.schema) as file:
+            file.write_table(content)
+        if name != "views":
+            pq.write_table(content, folder / f"{name}.parquet", store_schema=False)
+    return paths
+
+
+def test_a_text_that_stands_in_many_rows_is_written_out_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "BATCH_BYTES", 10**7)
+    for name, path in bombs(tmp_path).items():
+        assert name == "views.arrow" or path.stat().st_size < 10**6
+        pool, rows = pa.default_memory_pool(), 0
+        before, most = pool.bytes_allocated(), 0
+        (file,) = source(path).files
+        for first, (anchors, *others) in file.read(["anchor", "positive", *["negatives"] * ("lists" in name)], 0, None):
+            most = max(most, pool.bytes_allocated() - before)
+            cells = [text for texts in others[-1] for text in texts] if "lists" in name else anchors
+            assert first == rows and sum(map(len, cells)) <= 10**7 and set(map(len, cells)) == {300_000}
+            rows += len(anchors)
+        assert rows == 400, name
+        assert most < 5e7, name  # all of them would take 0.12 or 1.2 GB
+    monkeypatch.setattr(batches, "BATCH_BYTES", 200_000)
+    with pytest.raises(UserError, match=r"flat.parquet can't be read: row 0 has more than 200,000 bytes of text"):
+        list(source(tmp_path / "flat.parquet").read())
+
+
+def test_texts_of_every_encoding_are_read_whole(tmp_path, monkeypatch):
+    """Of chunks whose longest text is looked up first, also where a dictionary was given up half way."""
+    monkeypatch.setattr(batches, "BATCH_BYTES", 20_000)
+    long = [f"{n} {'y' * 400}" for n in range(700)]
+    cells = [*["x" * 3000] * 60, *long, "", None, *["x" * 3000] * 60]
+    rows = pa.table({
+        "anchor": pa.array([cell or "amber" for cell in cells]), "positive": pa.array(["b"] * len(cells)),
+        "negatives": pa.array([[], [None], *([cell, "z"] for cell in cells[2:])], pa.list_(pa.string())),
+    })  # fmt: skip
+    for options in (
+        {}, {"use_dictionary": False}, {"row_group_size": 100}, {"dictionary_pagesize_limit": 50_000},
+        {"use_dictionary": False, "column_encoding": {"anchor": "DELTA_BYTE_ARRAY", "positive": "PLAIN"}},
+    ):  # fmt: skip
+        pq.write_table(rows, tmp_path / "x.parquet", data_page_size=10_000, **options)
+        (file,) = source(tmp_path / "x.parquet").files
+        for start, count in ((0, None), (250, 300)):
+            read = list(file.read(rows.column_names, start, count))
+            stop = len(cells) if count is None else start + count
+            assert max(len(columns[0]) for _, columns in read) < 100
+            for number, name in enumerate(rows.column_names):
+                found = [cell for _, columns in read for cell in columns[number]]
+                assert found == rows.column(name).to_pylist()[start:stop], (name, options)
 
 
 def test_offsets_that_point_elsewhere_are_not_followed(tmp_path):

@@ -179,6 +179,20 @@ def test_shown_at_the_last_step_and_at_checkpoints_and_never_without_a_guide(sta
     assert not masking_is_shown(unguided, 6, 6)
 
 
+def test_a_recipe_may_keep_texts_out_of_the_report(stage, tmp_path):
+    """What a run before the switch has left is overwritten; the counts stay."""
+    config, corpus = stage
+    plan, scored = scored_batch(corpus)
+    found = []
+    for is_told in (True, False):
+        tracking = config.tracking.model_copy(update={"report_texts": is_told})
+        private = config.model_copy(update={"output_dir": str(tmp_path), "tracking": tracking})
+        write_masked_examples(private, corpus, plan, scored)
+        found.append(json.loads((private.run_dir / FILE_NAME).read_text()))
+    told, kept = found
+    assert len(told["examples"]) == 32 and kept == told | {"examples": []} and kept["num_masked"] > 100
+
+
 def test_a_disk_that_refuses_costs_the_examples_only(stage, tmp_path, caplog):
     config, corpus = stage
     config = config.model_copy(update={"output_dir": str(tmp_path)})

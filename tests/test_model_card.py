@@ -155,6 +155,19 @@ def test_prompts_are_used_and_a_model_without_pooling_gets_no_transformers_snipp
     assert "AutoModel" not in text
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_of_the_model_is_run_by_the_snippet_only_where_the_recipe_ran_it(tmp_path, trusted):
+    """Of the student: what the guide brings is no part of the model."""
+    student = {"model": "prajjwal1/bert-mini", "trust_remote_code": trusted}
+    _, run = make_run(tmp_path, student=student, guide={"model": "our-guide", "trust_remote_code": not trusted})
+    write_model_card(run)
+    text = (run / "model" / "README.md").read_text()
+    loads = [line for code in blocks(text, "python") for line in code.splitlines() if "this/model" in line]
+    assert len(loads) == 2 and all(line.count(", trust_remote_code=True)") == line.count("this/model") * trusted
+                                   for line in loads)  # fmt: skip
+    assert ("comes with code of its own" in text) == trusted
+
+
 # --------------------------------------------------------------------------------------------------- the Hub
 
 

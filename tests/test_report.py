@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
@@ -228,7 +229,10 @@ def test_summary_is_a_plain_table(complete):
     assert table[7].split() == ["mean", "of", "6", "41.70", "53.18", "+11.48", "66.19"]
     assert len({len(line) for line in table}) == 1
     assert "5 tasks went up, 1 down." in lines
-    assert lines[-2:] == [f"model    {run / 'model'}", f"report   {run / 'report.html'}"]
+    assert lines[-4:] == [
+        f"model    {run / 'model'}", f"report   {run / 'report.html'}",
+        f"metrics  {run / 'metrics.jsonl'}", f"scores   {run / 'mteb'}",
+    ]  # fmt: skip
 
 
 def test_means_compare_only_tasks_with_both_scores():
@@ -407,6 +411,34 @@ def test_score_that_is_not_finite_counts_as_missing(tmp_path):
     write_result(run / "mteb" / "trained", "STS12", float("nan"))
     (task,) = [task for task in read_run(run).tasks if task.task == "STS12"]
     assert (task.before, task.after, task.change) == (43.3, None, None)
+
+
+def test_lost_checkpoints_are_found_in_what_the_log_says_of_them(tmp_path, caplog):
+    """One that is damaged, and one that can't be written: as checkpoint.py itself tells it."""
+    import torch
+    from tiny import recipe
+
+    from gist_dist.checkpoint import CheckpointStore, CheckpointWriter, Snapshot
+    from gist_dist.config import parse_config
+
+    run = make_run(tmp_path / "run", steps=3)
+    store = CheckpointStore(parse_config(recipe(tmp_path / "out", tmp_path, None, tmp_path / "rows.jsonl")))
+    tensors, place = {"model": {"weight": torch.ones(2)}}, Path(store.place)
+    store.write(Snapshot(1, tensors, {}))
+    (place / "step-00000001" / "model.safetensors").unlink()
+    assert store.newest_intact() is None
+    place.rename(tmp_path / "away")
+    place.write_text("in the way")
+    writer = CheckpointWriter(store, retry_seconds=0.0)
+    writer.save(2, tensors, {})
+    assert writer.finish()
+    writer.close()
+    (run / "logs").mkdir()
+    (run / "logs" / "train.log").write_text("\n".join(["step 1/3", *caplog.messages, "step 2/3"]))
+    damaged, unwritten = read_run(run).logged
+    assert "step-00000001 is damaged (" in damaged and "model.safetensors is missing" in damaged
+    assert "the checkpoint of step 2 can't be written to" in unwritten
+    assert codes(run) == {"checkpoint"}
 
 
 def test_long_run_makes_no_larger_page(tmp_path):

@@ -190,6 +190,47 @@ def test_copies_without_a_folder_of_the_users_are_temporary(monkeypatch, tmp_pat
     assert copies_folder("/disk", "corpora") == Path("/disk/corpora")
 
 
+def test_temporary_copies_are_in_a_folder_of_this_user_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = tmp_path / f"gist-dist-{os.getuid()}"
+    own.mkdir(mode=0o777)
+    own.chmod(0o777)
+    copies_folder(None, "x")
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    own.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"gist-dist-\d+ is not this user's; set data\.local_copy"):
+        copies_folder(None, "x")
+    own.unlink()
+    own.write_text("in the way")
+    with pytest.raises(UserError, match=r"gist-dist-\d+ can't be made: .*; set data\.local_copy"):
+        copies_folder(None, "x")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives folders away")
+def test_a_folder_of_another_user_is_not_written_to(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = tmp_path / f"gist-dist-{os.getuid()}"
+    own.mkdir()
+    os.chown(own, 65534, 65534)
+    with pytest.raises(UserError, match="is not this user's"):
+        copies_folder(None, "x")
+    assert list(own.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "marks", ["[]", "5", '{"1.bin": 5, "2.bin": [1], "3.bin": null}', "[" * 10**5], ids=lambda marks: marks[:20]
+)
+def test_marks_that_are_none_are_no_proof(tmp_path, marks):
+    files, contents = filled(str(tmp_path / "x"))
+    folder = local_copy(open_store(tmp_path / "x"), files, tmp_path / "node")
+    (folder / "1.bin").write_bytes(b"other")
+    (folder / ".checked.json").write_text(marks)
+    local_copy(open_store(tmp_path / "x"), files, folder)
+    assert {name: (folder / name).read_bytes() for name in files} == contents
+
+
 def test_a_corpus_in_object_storage(s3, tmp_path, monkeypatch):
     """Prepared into it, found again, and opened from the node's copy; equal to one on disk."""
     models = [tiny.save_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate(("student", "guide"))]

@@ -157,6 +157,17 @@ def test_memory_sentence_names_the_budget_of_the_phase(phase, first):
         raise OutOfMemory(memory_sentence(BATCH, phase))
 
 
+def test_workers_that_were_killed_too_often_are_told_of_in_one_sentence(tmp_path):
+    from gist_dist.on_ray.fit import _explain
+
+    config = parse_config(tiny.recipe(tmp_path, tmp_path, None, tmp_path / "rows.jsonl", batch=BATCH.model_dump()))
+    assert _explain(group_error(r1=killed()), config, tmp_path / "train.log") == (
+        "training stopped: worker 1 was ended from outside or ended itself, too often to go on; if its node ran out of "
+        "memory, lower batch.activation_gb (now 3), then batch.chunk_tokens (now 512) and batch.loss_gb (now 0.5): "
+        f"results stay the same, and the same command resumes (all of it in {tmp_path / 'train.log'})"
+    )
+
+
 def test_rank_0_sees_messages_and_the_others_do_not(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(worker, "preemption_notice", lambda: None)

@@ -76,6 +76,7 @@ def recipe(folder: Path, student: Path, guide: Path | None, /, *sources: Path, *
         "guide": {"model": str(guide)} if guide else None,
         "data": {"sources": [{"path": str(path)} for path in sources]},
         "optim": {"max_grad_norm": None},
+        "tracking": {"tensorboard": False},  # its import takes as long as a whole tiny run
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) else values

@@ -41,7 +41,7 @@ def _why_duplicates(account: dict[str, Any]) -> str | None:
         return None
     rows, used, alone = account["rows_per_epoch"], account["rows_used"], account["batches_alone"]
     counts = {role: account[f"distinct_{role}"] for role in ("anchors", "positives")}
-    role = min(counts, key=counts.get)
+    role = min(counts, key=lambda role: counts[role])
     passes = f", taken {rows / used:.3g} times," if rows > used else ""
     return (
         f"{counts[role]:,} distinct {role} in {used:,} rows{passes} and the commonest text in "

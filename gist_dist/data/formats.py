@@ -18,6 +18,7 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from gist_dist.config import SourceConfig
+from gist_dist.data.batches import BATCH_ROWS, batches_of, rows_at_a_time, slices
 from gist_dist.errors import UserError
 from gist_dist.hub import go_offline_if_unreachable
 
@@ -32,8 +33,6 @@ FORMATS = {
     ".feather": "arrow",
 }
 COMPRESSED = (".gz", ".bz2", ".zst")
-BATCH_ROWS = 1024
-"""Rows held as Python objects at once; texts may be a megabyte each."""
 SCHEMA_RECORDS = 1000
 """JSON records looked at to learn a file's columns."""
 READ_BYTES = 4 * 2**20
@@ -131,8 +130,7 @@ class SourceFile:
             else:
                 with self._open_text() as stream:
                     cells = self._csv_cells if self.format == "csv" else self._json_cells
-                    records = islice(cells(stream, wanted), start, stop)
-                    while batch := list(islice(records, BATCH_ROWS)):
+                    for batch in batches_of(islice(cells(stream, wanted), start, stop)):
                         yield start, [list(cells) for cells in zip(*batch, strict=True)]
                         start += len(batch)
 
@@ -146,8 +144,12 @@ class SourceFile:
         ends = list(accumulate(_row_groups(file.metadata)))
         groups = range(bisect_right(ends, start), min(bisect_left(ends, stop) + 1, len(ends)))
         if groups:
-            batches = file.iter_batches(BATCH_ROWS, groups, columns=list(dict.fromkeys(wanted)))
+            at_a_time = min(rows_at_a_time(file, group, wanted, self._open_dictionary) for group in groups)
+            batches = file.iter_batches(at_a_time, groups, columns=list(dict.fromkeys(wanted)))
             yield from slices(batches, ends[groups[0] - 1] if groups[0] else 0, start, stop, wanted)
+
+    def _open_dictionary(self, column: str) -> pa.parquet.ParquetFile:
+        return pa.parquet.ParquetFile(self.filesystem.open_input_file(self.path), read_dictionary=[column])
 
     def _open_arrow(self, wanted: list[str] | None = None) -> Any:
         """The batches, with all columns or the wanted ones, of a file as pyarrow writes it, or a stream as datasets
@@ -251,7 +253,9 @@ class SourceFile:
         text = file.read(READ_BYTES)
         at, line, comma_first = text.index("[") + 1, 1 + text[: text.index("[")].count("\n"), False
         while True:
-            start, at = at, JSON_SPACE.match(text, at).end()
+            space = JSON_SPACE.match(text, at)
+            assert space, "it may be empty, and is always there"
+            start, at = at, space.end()
             line += text.count("\n", start, at)
             error = None
             if at < len(text) and text[at] == "]":
@@ -324,19 +328,6 @@ def fields(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
 
 def _row_groups(metadata: pa.parquet.FileMetaData) -> tuple[int, ...]:
     return tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-
-
-def slices(
-    batches: Iterable[pa.RecordBatch], first: int, start: int, stop: int, wanted: list[str]
-) -> Iterator[tuple[int, list[list[Any]]]]:
-    """Rows start to stop, as Python values, of batches that begin with row ``first``."""
-    for batch in batches:
-        for at in range(max(start, first), min(stop, first + batch.num_rows), BATCH_ROWS):
-            part = batch.slice(at - first, min(BATCH_ROWS, stop - at))
-            yield at, [part.column(name).to_pylist() for name in wanted]
-        first += batch.num_rows
-        if first >= stop:
-            return
 
 
 def _may_be_cut(error: Exception, text: str) -> bool:

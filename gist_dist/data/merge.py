@@ -113,13 +113,13 @@ def first_with_equal_key(indexes: Sequence[Path], starts: np.ndarray) -> Int64[n
     first = np.arange(starts[-1])
     bits = max(0, int(starts[-1]) // BUCKET_TEXTS).bit_length()
     for bucket in range(2**bits):
-        keys, positions = [], []
+        keys_of, positions_of = list[np.ndarray](), list[np.ndarray]()
         for path, start in zip(indexes, starts, strict=False):
             all_keys = _pairs(_read(path), "key")
             chosen = np.flatnonzero(all_keys[:, 0] >> np.uint64(64 - bits) == bucket) if bits else slice(None)
-            keys.append(all_keys[chosen])
-            positions.append(np.arange(start, start + len(all_keys))[chosen])
-        keys, positions = np.concatenate(keys), np.concatenate(positions)
+            keys_of.append(all_keys[chosen])
+            positions_of.append(np.arange(start, start + len(all_keys))[chosen])
+        keys, positions = np.concatenate(keys_of), np.concatenate(positions_of)
         order = np.lexsort((keys[:, 1], keys[:, 0]))  # stable: equal keys stay in the order of the corpus
         is_head = np.ones(len(order), dtype=bool)
         is_head[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)

@@ -45,7 +45,7 @@ def _local_glob(pattern: str) -> list[str]:
     """Files that match, sorted; two stars enter no folder twice."""
     if "**" not in pattern:
         return sorted(str(Path(path).absolute()) for path in glob.glob(pattern) if os.path.isfile(path))
-    folder, slash, _ = pattern[: re.search(r"[*?[]", pattern).start()].rpartition("/")
+    folder, slash, _ = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")
     rest, folder = pattern[len(folder + slash) :], str(Path(folder + slash).absolute())
     fits = re.compile(_glob_regex(rest)).fullmatch
     names = (os.path.relpath(file, folder) for file in _walk(folder))
@@ -83,8 +83,8 @@ def _find_remote(config: SourceConfig, where: str) -> list[SourceFile]:
     folder = uri[: uri.rindex("/", 0, magic.start())]
     pattern = uri[len(folder) + 1 :]
     filesystem, base = _open_filesystem(scheme, folder, options, where)
-    found = _files_below(filesystem, base, "/" in pattern or "**" in pattern, config, where)
-    files = [SourceFile(filesystem, path, where) for path in found]
+    paths = _files_below(filesystem, base, "/" in pattern or "**" in pattern, config, where)
+    files = [SourceFile(filesystem, path, where) for path in paths]
     fits = re.compile(_glob_regex(pattern)).fullmatch
     return _matched([file for file in files if fits("/".join(_within(file, base)))], config.path, config, where)
 

@@ -114,12 +114,12 @@ def _best_boundaries(descending: np.ndarray, chunk_tokens: int) -> list[int]:
         first, longest = candidates[start], lengths_at[start]
         room = max(1, chunk_tokens // longest)
         stop = np.searchsorted(candidates, first + room, side="right")
-        ends = slice(start + 1, max(stop, start + 2))
-        through = cost[start] + longest * (candidates[ends] - first) + CHUNK_OVERHEAD_TOKENS
-        better = through < cost[ends]
-        cost[ends][better] = through[better]
-        came_from[ends][better] = start
-    ends, node = [], len(candidates) - 1
+        reach = slice(start + 1, max(stop, start + 2))
+        through = cost[start] + longest * (candidates[reach] - first) + CHUNK_OVERHEAD_TOKENS
+        better = through < cost[reach]
+        cost[reach][better] = through[better]
+        came_from[reach][better] = start
+    ends, node = list[int](), len(candidates) - 1
     while node:
         ends.append(int(candidates[node]))
         node = int(came_from[node])
@@ -144,15 +144,20 @@ def _candidate_boundaries(descending: np.ndarray, chunk_tokens: int) -> np.ndarr
     return np.array(sorted(marks))
 
 
-def deal(chunks: Sequence[Chunk], num_workers: int) -> list[list[int]]:
-    """Chunk numbers for every worker, so that their padded tokens are nearly equal; a worker may get none.
+def deal(chunks: Sequence[Chunk], num_workers: int, speeds: Sequence[float] | None = None) -> list[list[int]]:
+    """Chunk numbers for every worker, so that all are done at nearly the same time; a worker may get none.
 
-    Longest processing time first: the next largest chunk goes to the worker that has least.
+    speeds: of every worker, in any unit; None: all are equally fast. Longest processing time first: the next largest
+    chunk goes to the worker that is done with it first.
     """
     hands: list[list[int]] = [[] for _ in range(num_workers)]
-    load = [(0, worker) for worker in range(num_workers)]
+    loads: dict[float, list[tuple[int, int]]] = {}  # a heap for each speed: padded tokens and worker
+    for worker, speed in enumerate(speeds or [1.0] * num_workers):
+        loads.setdefault(speed, []).append((0, worker))
     for number in sorted(range(len(chunks)), key=lambda i: (-chunks[i].padded_tokens, i)):
-        tokens, worker = heapq.heappop(load)
+        tokens = chunks[number].padded_tokens
+        load = min(loads.items(), key=lambda item: ((item[1][0][0] + tokens) / item[0], item[1][0]))[1]
+        held, worker = load[0]
         hands[worker].append(number)
-        heapq.heappush(load, (tokens + chunks[number].padded_tokens, worker))
+        heapq.heapreplace(load, (held + tokens, worker))
     return [sorted(hand) for hand in hands]

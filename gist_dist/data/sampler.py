@@ -114,16 +114,17 @@ class Sampler:
             drawing.set_exception(error)
 
     def _draw(self, number: int) -> Epoch:
-        rng, size, full, rest = self._rng(BATCHES, number), self.global_size, [], []
+        rng, size = self._rng(BATCHES, number), self.global_size
+        full, rest = list[_Rows](), list[_Rows]()
         for source, num_rows in enumerate(self.rows_per_source):
             stream = self._stream(source, number * num_rows, (number + 1) * num_rows)
             rows = _Rows(stream, np.zeros(num_rows, dtype=bool))
             if self._alone[source]:
                 starts = np.arange(0, num_rows, size)
                 limits = np.where(starts + size <= num_rows, 1, self._num_mixed)  # what is left is parted once more
-                rows = rows.spread(starts, limits, self.shared_texts, rng)
-                full += rows[: num_rows // size]
-                rest += rows[num_rows // size :]
+                parts = rows.spread(starts, limits, self.shared_texts, rng)
+                full += parts[: num_rows // size]
+                rest += parts[num_rows // size :]
             else:
                 rest.append(rows)
         if 0 < sum(map(len, rest)) < SMALLEST_BATCH * size:

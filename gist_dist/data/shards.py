@@ -11,7 +11,7 @@ Names tell contents, so that two runs that prepare the same part write the same 
 import hashlib
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ class Job:
             return None
         return commit if intact and commit.part == self._part(number) else None
 
-    def _write(self, number: int, store: Store, folder: Path) -> Iterator[int]:
+    def _write(self, number: int, store: Store, folder: Path) -> Generator[int, None, Commit]:
         of, part = self.parts[number]
         source = self.sources[of]
         report = source.new_report()
@@ -213,11 +213,12 @@ class _OpenShard:
             return
         written = [_write_arrow(self.folder / name, batch) for name, batch in (("index", index), ("rows", rows))]
         files = [name_by_content(self.path), *written]
+        texts_name, index_name, rows_name = (path.name for path, _ in files)
         for path, digest in files:
             store.upload(path, path.name)
             self.commit.files[path.name] = [digest, path.stat().st_size]
             path.unlink()
-        self.commit.shards.append(Shard(*(path.name for path, _ in files), self.batches))
+        self.commit.shards.append(Shard(texts_name, index_name, rows_name, self.batches))
 
     def _number(self, prompts: tuple[str, str], text: str) -> int:
         content = "\x00".join((*prompts, text)).encode()

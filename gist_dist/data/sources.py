@@ -5,7 +5,7 @@ for part in source.parts():              # each may be read by another process
     for row in source.rows(part, report): ...
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, repeat, starmap
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from gist_dist.config import SHORT, DataConfig, Filters, SourceConfig
-from gist_dist.data.formats import HubRows
+from gist_dist.data.formats import HubRows, SourceFile
 from gist_dist.data.places import find_files
 from gist_dist.errors import UserError
 from gist_dist.redact import redact_address
@@ -102,7 +102,8 @@ class Source:
         self.config = config
         self.where = f"data.sources[{number}]"
         self.report = self.new_report()
-        self.files = find_files(config, self.where, root) or [HubRows(config, self.where)]
+        found = find_files(config, self.where, root)
+        self.files: Sequence[SourceFile | HubRows] = found or [HubRows(config, self.where)]
         self.heads = self._of_files(lambda file: file.head())
         self.columns = self._map_columns()
 
@@ -291,12 +292,11 @@ class Source:
             raise UserError(f"{self.where}: {self.config.path} is empty")
         if columns.is_classification and split_by is not None:
             raise UserError(f"{self.where}: split_by = {split_by}: a classification set is one source; remove split_by")
-        if columns.is_classification:
+        if columns.text is not None and columns.label is not None:
             wanted = [("columns.text", columns.text), ("columns.label", columns.label)]
         else:
-            negatives = columns.negatives
-            if negatives is None:
-                negatives = [n for n in ("negatives", "negative") if any(n in head.columns for head in self.heads)][:1]
+            usual = [n for n in ("negatives", "negative") if any(n in head.columns for head in self.heads)][:1]
+            negatives = usual if columns.negatives is None else columns.negatives
             wanted = [("columns.anchor", columns.anchor), ("columns.positive", columns.positive)]
             wanted += [("columns.negatives", name) for name in negatives]
             wanted += [("split_by", split_by)] if split_by is not None else []

@@ -3,20 +3,18 @@
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from gist_dist.config import ClusterConfig
 from gist_dist.errors import UserError
 from gist_dist.interrupts import handled
+from gist_dist.on_ray import local_ray
 
 logger = logging.getLogger(__name__)
 
@@ -97,24 +95,15 @@ def _local(config: ClusterConfig) -> Iterator[dict[str, float]]:
         os.environ.setdefault(name, value)
     if "RAY_AUTH_MODE" not in os.environ:
         _require_token()
-    # A short path of its own: sockets under it may have 107 characters, and no other Ray's files are touched.
-    folder = Path(tempfile.mkdtemp(prefix="gist-ray-", dir="/tmp" if Path("/tmp").is_dir() else None))
     import ray
 
-    try:
-        with _own_signals():
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                runtime_env=_runtime_env(config),
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _temp_dir=str(folder),
-            )
-        yield ray.cluster_resources()
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    with local_ray.temporary_folder() as folder:
+        try:
+            with _own_signals():
+                local_ray.start(folder, _runtime_env(config))
+            yield ray.cluster_resources()
+        finally:
+            ray.shutdown()
 
 
 def _require_token() -> None:
@@ -122,7 +111,7 @@ def _require_token() -> None:
 
     The token is a variable of ours, where ray.init() would leave a file in the user's home.
     """
-    from ray._raylet import Config  # its cached settings were read when ray was imported
+    from ray._raylet import Config  # type: ignore[attr-defined]  # its cached settings were read when ray was imported
 
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     Config.initialize("")

@@ -80,8 +80,9 @@ def _is_without_room(error: TrainingFailedError) -> bool:
 class CheckpointBeforeResize(ControllerCallback):
     """Running workers write a checkpoint before Ray ends them to start another number: no step is computed twice."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.are_running, self.said = run_dir, False, 0
+    def __init__(self, run_dir: Path, said: int = 0) -> None:
+        """said: a number of workers of which the user knows that it is being started."""
+        self.run_dir, self.are_running, self.said = run_dir, False, said
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         self.are_running = type(previous_state).__name__ == "ResizingState"

@@ -1,7 +1,7 @@
 """`gist-dist train`: check, prepare, train on Ray, evaluate on the freed workers, report."""
 
 import logging
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gist_dist.config import RunConfig
@@ -9,6 +9,7 @@ from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Guide, Student
 from gist_dist.errors import UserError
+from gist_dist.evaluation import read_results
 from gist_dist.evaluation_tasks import check_tasks
 from gist_dist.guide_cache import guide_fingerprint
 from gist_dist.interrupts import stop_requests
@@ -20,10 +21,12 @@ from gist_dist.on_ray.fit import fit
 from gist_dist.on_ray.precompute import precompute
 from gist_dist.on_ray.prepare import prepare_on_ray
 from gist_dist.on_ray.triplets import resolve_classification
+from gist_dist.outline import outline
 from gist_dist.publish import check_hub, push_model
 from gist_dist.report import Summary, build_report
 from gist_dist.run_folder import RunFolder
 from gist_dist.run_lock import RunLock, locked
+from gist_dist.trackers import check_trackers, track_scores
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ def train_and_evaluate(config: RunConfig) -> Summary:
     run = RunFolder(config)
     run.refuse_other_recipe()
     check_tasks(config.evaluate)
-    _check_tracking(config)
+    check_trackers(config)
     check_hub(config.tracking.hub)
     with locked(run.folder) as lock:
         return _train_and_evaluate(config, run, lock)
@@ -56,7 +59,7 @@ def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Sum
         with connected(config.cluster) as resources:
             if prepared:
                 check_resources(config.cluster, resources)
-                if config.guide and config.guide.mode == "cache":
+                if config.guide_mode == "cache" and prepared.guide:
                     logger.info("\n".join(precompute(config, prepared.corpus, prepared.guide).lines()))
                 payload = {
                     "corpus": prepared.corpus.place,
@@ -71,19 +74,14 @@ def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Sum
                 if requests.requested:
                     raise Stopped(f"trained, and stopped before what comes after, {run.folder}")
             if config.evaluate.tasks:
-                evaluate_models(_models(config, run), config, run.folder / "mteb")
+                labels = _models(config, run)
+                evaluate_models(labels, config, run.folder / "mteb")
+                track_scores(config, {label: _scores(run.folder / "mteb" / label) for label in labels})
     run.mark_finished()
     write_model_card(run.folder)
     push_model(config, run.folder)
     export_run(config, run.folder)
     return build_report(run.folder)
-
-
-def _check_tracking(config: RunConfig) -> None:
-    if config.tracking.tensorboard and find_spec("tensorboard") is None:
-        raise UserError(
-            "tracking.tensorboard = true: install it with `pip install 'gist-dist[tensorboard]'`, or set false"
-        )
 
 
 class Prepared(NamedTuple):
@@ -105,13 +103,13 @@ def prepare(config: RunConfig) -> Prepared:
 
 def _check_refresh(config: RunConfig, student: Student, guide: Guide | None) -> None:
     """A refreshed guide is the student, which reads the token ids that were prepared for the guide."""
-    if guide is None or config.guide.refresh is None:
+    if guide is None or config.guide_refresh is None:
         return
     ours, its = config.student.prompts, config.guide_or_student.prompts
     same_prompts = all((s.prompts.student or ours) == (s.prompts.guide or its) for s in config.data.sources)
     if guide.fingerprint() != student.fingerprint() or not same_prompts:
         raise UserError(
-            f"guide.refresh = {config.guide.refresh}: the guide becomes a copy of the student, so both need the same "
+            f"guide.refresh = {config.guide_refresh}: the guide becomes a copy of the student, so both need the same "
             "tokenizer, max_tokens and prompts; leave out guide.model to start from the student"
         )
 
@@ -122,6 +120,7 @@ def precompute_only(config: RunConfig) -> list[str]:
     if not config.has_guide_model:
         raise UserError("guide: there is no guide model whose embeddings could be kept; set guide.model")
     prepared = prepare(config)
+    assert prepared.guide is not None
     return precompute(config, prepared.corpus, prepared.guide).lines()
 
 
@@ -132,15 +131,12 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     sampler = Sampler(corpus, config)
     run.create(config)  # not before: a mistake in the recipe's data can then be mended under the same name
     run.write_data_summary(corpus, sampler)
-    logger.info(
-        "%s rows with %s distinct texts; %d steps of %d rows (%.2f epochs)",
-        f"{corpus.num_rows:,}",
-        f"{corpus.num_texts:,}",
-        sampler.num_steps,
-        config.batch.global_size,
-        sampler.num_steps / sampler.steps_per_epoch,
-    )
+    logger.info("%s", "\n".join(outline(config, prepared.student, prepared.guide, corpus, sampler)))
     return prepared
+
+
+def _scores(folder: Path) -> dict[str, float]:
+    return {task: score.main_score for task, score in read_results(folder).items()}
 
 
 def _models(config: RunConfig, run: RunFolder) -> dict[str, str]:
@@ -154,6 +150,6 @@ def _models(config: RunConfig, run: RunFolder) -> dict[str, str]:
 
 def _cache_of(config: RunConfig, guide: Guide | None) -> dict[str, Any] | None:
     """Which guide's cache the workers open."""
-    if guide is None or config.guide.mode != "cache":
+    if guide is None or config.guide_mode != "cache":
         return None
     return {"fingerprint": guide_fingerprint(guide), "width": guide.width}

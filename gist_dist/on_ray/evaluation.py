@@ -37,6 +37,7 @@ from gist_dist.evaluation_sets import one_line
 from gist_dist.evaluation_tasks import check_tasks, estimated_characters
 from gist_dist.files import write_atomically
 from gist_dist.mteb_results import Named, export_results
+from gist_dist.observers import SHOW_SECONDS, clock
 from gist_dist.on_ray.cluster import connected, gpus_per_worker
 from gist_dist.redact import redact_text
 
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 OnResult = Callable[[str, str, Score | str, int, int], None]
 MAX_ATTEMPTS = 3
 """At a task whose process is lost."""
-LOST = {
+LOST: dict[type[BaseException], str] = {
     OutOfMemoryError: "its process was ended because its node ran out of memory",
     NodeDiedError: "its node was lost",
     LocalRayletDiedError: "its node was lost",
@@ -135,6 +136,10 @@ def _evaluate_all(
     done, total = len(jobs) - len(unfinished), len(jobs)
     if done:
         logger.info("%d of %d evaluations were done before", done, total)
+    if unfinished:
+        tasks = len({job.task for job in unfinished})
+        logger.info("evaluating %s on %d task%s", ", ".join(models), tasks, "s" * (tasks > 1))
+    progress = _Progress(unfinished, evaluate)
 
     failures: dict[str, dict[str, str]] = {}
     _keep(failures, folder)
@@ -150,9 +155,29 @@ def _evaluate_all(
                 failures.setdefault(label, {})[task] = outcome
                 _keep(failures, folder)
                 logger.warning("evaluation %d/%d failed: %s %s: %s", done, total, label, task, outcome)
+            if left := progress.after(job):
+                logger.info("%d of %d evaluations done, about %s left", done, total, left)
             if on_result:
                 on_result(label, task, outcome, done, total)
     return failures
+
+
+class _Progress:
+    """How long the evaluations will still take, by the amount of text that they read: not sooner than a few seconds
+    after the last time it was told, and not for the last one."""
+
+    def __init__(self, jobs: list[Job], evaluate: EvaluateConfig) -> None:
+        self.waiting = {job: 1 + estimated_characters(job.task, evaluate.local_tasks) for job in jobs}
+        self.all = sum(self.waiting.values())
+        self.started = self.told = time.monotonic()
+
+    def after(self, job: Job) -> str | None:
+        del self.waiting[job]
+        left, now = sum(self.waiting.values()), time.monotonic()
+        if not left or now - self.told < SHOW_SECONDS:
+            return None
+        self.told = now
+        return clock((now - self.started) / (self.all - left) * left)
 
 
 def _keep(failures: dict[str, dict[str, str]], folder: Path) -> None:
@@ -189,7 +214,8 @@ def _outcomes(
 ) -> Generator[tuple[Job, Score | str], None, None]:
     """Each job with its score or why it failed, as they end. Whatever still runs when the caller stops is killed."""
     # Attempts are counted here, not by Ray, so that each has its own time.
-    remote = ray.remote(max_retries=0, num_returns="streaming", **_resources(cluster))(_evaluate)
+    options: dict[str, Any] = {"max_retries": 0, "num_returns": "streaming", **_resources(cluster)}
+    remote = ray.remote(**options)(_evaluate)
 
     def start(job: Job) -> Any:
         return remote.remote(models[job.label], job.task, evaluate, folder / job.label)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,8 +47,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def memory_sentence(batch: BatchConfig, phase: str | None = None, what: str = "a worker ran out of memory") -> str:
-    """Which budgets to lower, and what they are now."""
+    """What happened, which budgets to lower, and what they are now."""
     during = f" in {phase}" if phase else ""
+    return f"{what}{during}; {memory_remedy(batch, phase)}"
+
+
+def memory_remedy(batch: BatchConfig, phase: str | None = None) -> str:
+    """Which budgets to lower, and what they are now."""
     tokens, activations, loss = (
         f"batch.chunk_tokens (now {batch.chunk_tokens})",
         f"batch.activation_gb (now {batch.activation_gb:g})",
@@ -64,7 +69,7 @@ def memory_sentence(batch: BatchConfig, phase: str | None = None, what: str = "a
         remedy = f"lower {activations}, then {tokens}"
     else:
         remedy = f"lower {activations}, then {tokens} and {loss}"
-    return f"{what}{during}; {remedy}: results stay the same, and the same command resumes"
+    return f"{remedy}: results stay the same, and the same command resumes"
 
 
 def phase_of(error: BaseException) -> str | None:
@@ -79,7 +84,7 @@ def phase_of(error: BaseException) -> str | None:
     return next((phase for name in reversed(names) for part, phase in PHASES if part in name), None)
 
 
-def classify(failures: dict[int, BaseException]) -> list[Failure]:
+def classify(failures: Mapping[int, BaseException]) -> list[Failure]:
     """The failures of the ranks, causes before consequences: a rank whose peer went away is never the first."""
     order: tuple[Kind, ...] = ("user", "memory", "hung", "killed", "lost", "error", "peer")
     found = [_classified(rank, error) for rank, error in failures.items()]

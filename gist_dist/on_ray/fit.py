@@ -13,7 +13,7 @@ from gist_dist.config import RunConfig
 from gist_dist.errors import UserError
 from gist_dist.interrupts import StopRequests
 from gist_dist.on_ray.cluster import ClusterWatch, address_of, cpus_per_worker, gpus_per_worker
-from gist_dist.on_ray.failures import classify, memory_sentence, one_line
+from gist_dist.on_ray.failures import classify, memory_remedy, memory_sentence, one_line
 from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, withdraw
 from gist_dist.on_ray.worker import LOG_NAME, train_worker
 
@@ -86,8 +86,10 @@ def _attend(
 
 def _trainer(config: RunConfig, payload: dict[str, Any], cpus: float, gpus: float) -> Any:
     import ray.train
-    from ray.train.torch import TorchConfig
 
+    from gist_dist.on_ray.network import NodeTorchConfig
+
+    train: Any = ray.train  # annotated as its first version, while the second is what runs
     cluster, run_dir = config.cluster, config.run_dir
     trainer_class, callbacks = _with_our_policies(config, is_local=address_of(cluster) is None)
     is_elastic = cluster.min_workers < cluster.max_workers
@@ -100,19 +102,19 @@ def _trainer(config: RunConfig, payload: dict[str, Any], cpus: float, gpus: floa
             "threads": max(1, int(cpus)),
             "resize_patience_s": 600.0,
         },
-        torch_config=TorchConfig(
+        torch_config=NodeTorchConfig(
             backend="nccl" if gpus > 0 else "gloo", timeout_s=int(max(GROUP_TIMEOUT_S, cluster.hang_timeout_s))
         ),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=train.ScalingConfig(
             num_workers=(cluster.min_workers, cluster.max_workers) if is_elastic else cluster.max_workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus} | ({"GPU": gpus} if gpus else {}),
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
         ),
-        run_config=ray.train.RunConfig(
+        run_config=train.RunConfig(
             name=f"fit-{int(time.time())}",
             storage_path=str(run_dir / ".ray"),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            failure_config=train.FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env=cluster.runtime_env or None,
             callbacks=callbacks,
         ),
@@ -138,14 +140,14 @@ def _with_our_policies(config: RunConfig, is_local: bool) -> tuple[Any, list[Any
     class OurTorchTrainer(TorchTrainer):
         def _initialize_and_run_controller(self, **arguments: Any) -> Any:
             arguments["failure_policy"] = RetryPolicy(config.cluster.max_failures, config.run_dir)
-            return super()._initialize_and_run_controller(**arguments)
+            return super()._initialize_and_run_controller(**arguments)  # type: ignore[misc]
 
         def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]
             unwanted = "PlacementGroupCleanerCallback" if is_local else None
             return [callback for callback in callbacks if type(callback).__name__ != unwanted]
 
-    return OurTorchTrainer, [CheckpointBeforeResize(config.run_dir)]
+    return OurTorchTrainer, [CheckpointBeforeResize(config.run_dir, config.cluster.max_workers)]
 
 
 class _Thread(threading.Thread):
@@ -185,8 +187,8 @@ def _explain(error: Exception, config: RunConfig, log: Path) -> str:
             is_ours = first.text.endswith("resumes")
             return first.text if is_ours else memory_sentence(config.batch, what="a node ran out of memory")
         if first.kind == "killed":
-            what = f"{first.text} too often; if its node ran out of memory"
-            return f"training stopped: {memory_sentence(config.batch, what=what)} (all of it in {log})"
+            remedy = f"if its node ran out of memory, {memory_remedy(config.batch)}"
+            return f"training stopped: {first.text}, too often to go on; {remedy} (all of it in {log})"
         text = first.text
     return f"training stopped: {text} (all of it in {log})"
 

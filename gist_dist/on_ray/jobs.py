@@ -7,10 +7,10 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import requests
 from aiohttp import ClientError
@@ -156,7 +156,8 @@ def follow(client: Client, job: str, log: Log | None = None) -> JobDetails:
 async def _read(client: Client, job: str, log: Log) -> None:
     """Until the log ends or is silent. The cluster sends it from its start."""
     position = 0
-    async with aclosing(client.tail_job_logs(job)) as stream:
+    lines = cast(AsyncGenerator[str, None], client.tail_job_logs(job))  # which it is, and must be closed as one
+    async with aclosing(lines) as stream:
         with suppress(StopAsyncIteration, TimeoutError):
             while True:
                 position = log.show(await asyncio.wait_for(anext(stream), SILENCE_S), position)
@@ -194,6 +195,12 @@ def jobs_of(client: Client, run: str) -> list[JobDetails]:
     """All jobs that were submitted for a run, the newest last."""
     jobs = [job for job in ask(client, client.list_jobs) if (job.metadata or {}).get(RUN_KEY) == run]
     return sorted(jobs, key=lambda job: job.start_time or 0)
+
+
+def id_of(job: JobDetails) -> str:
+    """Of one of jobs_of(); only what was not submitted has none."""
+    assert job.submission_id is not None
+    return job.submission_id
 
 
 def free_id(client: Client, run: str) -> str:

@@ -229,7 +229,7 @@ def _opened(call: str, *place: Any) -> GuideCache:
     return GuideCache(*place)
 
 
-def _result(reference: ray.ObjectRef) -> Mined:
+def _result(reference: ray.ObjectRef[Any]) -> Mined:
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -268,7 +268,7 @@ def _write_sources(
     anchor_of = np.searchsorted(search.anchors, corpus.anchors)
     recipe_source = np.array([source["recipe_source"] for source in corpus.manifest["sources"]])[corpus.source]
     names = [re.sub(r"[^\w.-]", "_", source.label, flags=re.ASCII)[:100] for source in recipe.data.sources]
-    listed, counts = [], []
+    listed, counts = list[SourceConfig](), list[dict[str, Any]]()
     for number, source in enumerate(recipe.data.sources):
         if source.columns.is_classification:
             listed.append(source)
@@ -294,7 +294,7 @@ def _write_sources(
         "negatives": options.negatives,
         "mined": int((mined[anchor_of] >= 0).sum()),
         "short": _by_reason(shortage[anchor_of]),
-        "refused": dict(zip(REASONS, sum(b.refused for b in blocks).tolist(), strict=True)),
+        "refused": dict(zip(REASONS, np.sum([b.refused for b in blocks], axis=0).tolist(), strict=True)),
         "positive_similarity": float(positive_scores.mean()),
         "negative_similarity": float(scores[is_mined].mean()) if is_mined.any() else None,
         "sources": counts,

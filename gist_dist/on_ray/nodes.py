@@ -6,7 +6,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -118,7 +118,7 @@ class Nodes:
             for node, address in zip(alive, addresses, strict=True)
         }
         actor = ray.remote(num_cpus=0)(Node)
-        self._actors = {
+        self._actors: dict[str, Any] = {
             node: actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
             for node in self.names
         }
@@ -161,8 +161,8 @@ class Nodes:
         del self._actors[node]
         self._add(f"node {self.names[node]}", "fail", found, remedy)
 
-    def _add(self, *finding: str) -> None:
-        self.findings.append(Finding(*finding))
+    def _add(self, name: str, state: Literal["ok", "warn", "fail"], found: str, remedy: str = "") -> None:
+        self.findings.append(Finding(name, state, found, remedy))
 
     def _each_node(self, described: dict[str, dict[str, Any]]) -> None:
         for node, it in described.items():
@@ -253,7 +253,7 @@ class Nodes:
     def _loads(self, config: RunConfig, nodes: list[str]) -> None:
         recipe = config.model_dump(mode="json")
         wanted = ["student.model"]
-        if config.has_guide_model and config.guide.model:
+        if config.guide and config.guide.model:
             wanted.append("guide.model")
         if config.evaluate.tasks:
             wanted.append("evaluate.tasks")

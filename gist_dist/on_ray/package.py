@@ -54,11 +54,12 @@ def local_sources(config: RunConfig) -> list[LocalSource]:
         is_absolute = place.is_absolute()
         if is_absolute and not measure(str(place))[0]:
             continue  # the cluster may have it
-        if not find_files(source, f"data.sources[{number}]", config.data.root):
+        files = find_files(source, f"data.sources[{number}]", config.data.root)
+        if not files:
             continue  # a Hub dataset
-        files = [Path(file.path) for file in Source(source, number, config.data.root).files]
+        Source(source, number, config.data.root)  # looks into them
         head = _head(place).absolute()
-        found.append(LocalSource(number, str(place.absolute()), head, files, is_absolute))
+        found.append(LocalSource(number, str(place.absolute()), head, [Path(f.path) for f in files], is_absolute))
     return found
 
 

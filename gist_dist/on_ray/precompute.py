@@ -116,12 +116,12 @@ def _precompute(config: RunConfig, inputs: _CorpusInputs | _GivenInputs, guide: 
         needs = _needs(config, resources)
         num_actors = min(len(work.shards), _room(needs, resources, guide_bytes=4 * num_weights))
         say(f"guide cache: {work.num_missing:,} texts to encode, on {num_actors} actor{'s' * (num_actors > 1)}")
-        remote = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=0)(_Actor)
+        remote: Any = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=0)(_Actor)
 
-        def start() -> ActorHandle:
+        def start() -> ActorHandle[Any]:
             return remote.remote(config, guide.config, cache.fingerprint, needs)
 
-        def encode(actor: ActorHandle, number: int) -> ObjectRef:
+        def encode(actor: ActorHandle[Any], number: int) -> ObjectRef[Any]:
             shard = work.shards[number]
             return actor.encode.remote(keys[shard], *inputs.for_actor(shard))
 
@@ -145,9 +145,9 @@ def _room(needs: dict[str, float], resources: dict[str, float], guide_bytes: int
 
 
 def _run_pool(
-    actors: list[ActorHandle],
-    start: Callable[[], ActorHandle],
-    encode: Callable[[ActorHandle, int], ObjectRef],
+    actors: list[ActorHandle[Any]],
+    start: Callable[[], ActorHandle[Any]],
+    encode: Callable[[ActorHandle[Any], int], ObjectRef[Any]],
     max_failures: int,
     done: Progress,
 ) -> None:
@@ -156,7 +156,9 @@ def _run_pool(
     UserError for what an actor raises, and for more than max_failures lost actors.
     """
     waiting, num_lost = deque(range(len(done.texts_of))), 0
-    running: dict[ObjectRef, tuple[ActorHandle, int | None]] = {actor.load.remote(): (actor, None) for actor in actors}
+    running: dict[ObjectRef[Any], tuple[ActorHandle[Any], int | None]] = {
+        actor.load.remote(): (actor, None) for actor in actors
+    }
     try:
         while waiting or any(shard is not None for _, shard in running.values()):
             finished, _ = ray.wait(list(running), timeout=PROGRESS_SECONDS)

@@ -50,8 +50,8 @@ def run_in_tasks(job: Job, tick: Callable[[int, int], None], max_in_flight: int)
 
     # Lost tasks are begun again here and not by Ray, which expects a task to yield the same things once more.
     # A lambda, as Ray does not see that a function which the tests' type checker has wrapped is a generator.
-    options = {"num_cpus": 1, "max_retries": 0, "num_returns": "streaming"}
-    task = ray.remote(**options)(lambda shared, number: (yield from _run_part(shared, number)))
+    remote: Any = ray.remote(num_cpus=1, max_retries=0, num_returns="streaming")
+    task = remote(lambda shared, number: (yield from _run_part(shared, number)))
     shared = ray.put(job)
     waiting = list(range(len(job.parts)))[::-1]
     losses = dict.fromkeys(waiting, 0)
@@ -61,11 +61,11 @@ def run_in_tasks(job: Job, tick: Callable[[int, int], None], max_in_flight: int)
             while waiting and len(running) < max_in_flight:
                 number = waiting.pop()
                 running[task.remote([shared], number)] = number
-            ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            ready: list[Any] = ray.wait(list(running), num_returns=1, fetch_local=False)[0]
             for stream in ready:
                 number = running[stream]
                 try:
-                    told = ray.get(next(stream))
+                    told: Any = ray.get(next(stream))
                 except StopIteration:
                     del running[stream]
                     continue

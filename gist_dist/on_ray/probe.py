@@ -5,6 +5,7 @@ Its text is run there by `python -c`, where gist_dist may not be installed: only
 
 import glob
 import json
+import logging
 import os
 import platform
 import shutil
@@ -59,7 +60,7 @@ def _nodes() -> dict[str, Any]:
     """Resources of each node, and of the groups of nodes that an autoscaler may start (most: -1 is any number)."""
     import ray
 
-    ray.init(log_to_driver=False, logging_level="ERROR")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
     try:
         config = ray._private.state.state.get_cluster_config()  # private: without it, what there is counts
         groups = [

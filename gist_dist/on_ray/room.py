@@ -20,9 +20,7 @@ def check_room(
     nodes: resources of each. groups: of nodes that an autoscaler may start, with resources and most (-1: any number).
     """
     growth = [{kind: n * (group["most"] != 0) for kind, n in group["resources"].items()} for group in groups]
-    totals = Counter()
-    for resources in (*nodes, *growth):
-        totals.update({kind: resources.get(kind, 0) for kind in ("CPU", "GPU")})
+    totals: dict[str, float] = {kind: sum(n.get(kind, 0) for n in (*nodes, *growth)) for kind in ("CPU", "GPU")}
     needs = {"CPU": cpus_per_worker(config, totals), "GPU": gpus_per_worker(config, totals)}
     now = sum(_fitting(node, needs) for node in nodes)
     grown = sum(_fitting(g["resources"], needs) * (inf if g["most"] < 0 else g["most"]) for g in groups)

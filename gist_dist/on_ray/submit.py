@@ -31,6 +31,7 @@ from gist_dist.on_ray.jobs import (
     exit_status,
     follow,
     free_id,
+    id_of,
     jobs_of,
     probe_cluster,
 )
@@ -161,7 +162,7 @@ def submit_doctor(config: RunConfig | None, output_dir: str | None, target: Targ
 def logs(run: str, target: Target) -> int:
     """Show the log of the newest job from its start, and follow it. The exit status is the job's."""
     client = target.connect()
-    return _follow(client, run, _latest(client, run).submission_id, target)
+    return _follow(client, run, id_of(_latest(client, run)), target)
 
 
 def stop(run: str, target: Target) -> int:
@@ -172,10 +173,10 @@ def stop(run: str, target: Target) -> int:
         print(f"job {job.submission_id} of run '{run}' is over: {job.status}")
         return 0
     log = Log()
-    log.shown = len(ask(client, lambda: client.get_job_logs(job.submission_id)))
-    ask(client, lambda: client.stop_job(job.submission_id))
+    log.shown = len(ask(client, lambda: client.get_job_logs(id_of(job))))
+    ask(client, lambda: client.stop_job(id_of(job)))
     print(f"stopping job {job.submission_id}: it ends its step and writes a checkpoint", flush=True)
-    ended = follow(client, job.submission_id, log)
+    ended = follow(client, id_of(job), log)
     print(f"job {job.submission_id}: {ended.status}; resume it: {target.command('resume', run)}")
     return 0
 
@@ -186,7 +187,7 @@ def status(run: str, target: Target) -> int:
     _latest(client, run)
     for job in jobs_of(client, run):
         print(f"{job.submission_id}  {job.status}  {_times(job)}{_code(job)}")
-    log = ask(client, lambda: client.get_job_logs(job.submission_id))
+    log = ask(client, lambda: client.get_job_logs(id_of(job)))
     for line in log.splitlines()[-LAST_LINES:]:
         print(f"  {printable(line)}")
     return 0

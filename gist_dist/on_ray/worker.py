@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gist_dist.cpu_memory import keep_freed_memory
 from gist_dist.on_ray.failures import OutOfMemory, memory_sentence, out_of_memory, phase_of
 from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, posted
 from gist_dist.on_ray.operator_metrics import OperatorMetrics
@@ -127,6 +128,7 @@ def _prepare_device(payload: dict[str, Any]) -> "torch.device":
 
     if not payload["use_gpu"]:
         torch.set_num_threads(payload["threads"])
+        keep_freed_memory()
         return torch.device("cpu")
     device = get_device()
     torch.cuda.set_device(device)

@@ -18,9 +18,13 @@ from gist_dist.report.run import Run, TaskRow, jsonable, read_run
 from gist_dist.report.training import summarize_training
 from gist_dist.report.verdict import judge
 from gist_dist.report.warnings import find_warnings
-from gist_dist.report.words import plain, text_table
+from gist_dist.report.words import duration, percent, plain, plural, text_table
 
 __all__ = ["Run", "Summary", "TaskRow", "build_report", "judge", "read_run", "summarize"]
+
+
+MANY_STEPS = 100
+"""From here on first and last loss are means of several steps; before, they say which batch was the harder one."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Summary:
     warnings: list[str]
     num_failed: int
     """Evaluations that failed; the run is not complete, and the same command tries them again."""
+    training: str | None
+    """What the steps did, in a sentence; None before the first."""
     model: Path | None
     report: Path
 
@@ -42,9 +48,15 @@ class Summary:
         """Plain ASCII text, at most a line a task plus the verdict and where things are."""
         lines = self._table() if self.tasks else []
         lines += [plain(self.headline), *(plain(text) for text in self.details)]
+        lines += [plain(self.training)] if self.training else []
         lines += [f"warning: {plain(text)}" for text in self.warnings]
-        lines += [f"model    {self.model}"] if self.model else []
-        return [*lines, f"report   {self.report}"]
+        return [*lines, *(f"{name:9}{path}" for name, path in self._places().items())]
+
+    def _places(self) -> dict[str, Path]:
+        folder = self.report.parent
+        places = {"model": self.model, "report": self.report, "metrics": folder / "metrics.jsonl"}
+        places |= {"scores": folder / "mteb"} if self.tasks else {}
+        return {name: path for name, path in places.items() if path is not None and path.exists()}
 
     def _table(self) -> list[str]:
         columns = ["before", "after", "change"] + ["guide"] * any(row.guide is not None for row in self.tasks)
@@ -62,7 +74,7 @@ def build_report(run_dir: Path) -> Summary:
     run = read_run(run_dir)
     contents = summarize(run)
     try:
-        moved = [(row.task, row.before, row.after) for row in run.tasks if row.change is not None]
+        moved = [(r.task, r.before, r.after) for r in run.tasks if r.before is not None and r.after is not None]
         limit = run.section("optim").get("max_grad_norm")
         plots = write_plots(run.folder / "plots", run.metrics, contents["training"]["seconds"], moved, limit)
         page = render_report(run, contents, plots)
@@ -79,6 +91,7 @@ def build_report(run_dir: Path) -> Summary:
         details=[detail["text"] for detail in contents["verdict"]["details"]],
         warnings=[warning["text"] for warning in contents["warnings"]],
         num_failed=sum(len(tasks) for tasks in run.failures.values()),
+        training=_training_sentence(contents["training"]),
         model=run.folder / "model" if run.has_model else None,
         report=run.folder / "report.html",
     )
@@ -99,6 +112,18 @@ def summarize(run: Run) -> dict[str, Any]:
         "config": jsonable(run.config),
         "environment": jsonable(run.environment),
     }
+
+
+def _training_sentence(training: dict[str, Any]) -> str | None:
+    """The wall time is that of the steps: neither start-up nor evaluation."""
+    if not training["steps"] or not training["pairs_per_second"]:
+        return None
+    first, last, masked = training["loss_first"], training["loss_last"], training["masked_fraction"]["all"]
+    is_long = training["steps"] >= MANY_STEPS and first is not None and last is not None
+    loss = f", loss {first:.3f} → {last:.3f}" if is_long else ""
+    guided = f"; the guide took {percent(masked)} of the candidates out" if masked else ""
+    took = f"in {duration(training['seconds']['step'])} at {training['pairs_per_second']:,.0f} pairs/s"
+    return f"{plural(training['steps'], 'step')} {took}{loss}{guided}."
 
 
 def _cells(row: dict[str, Any], columns: list[str]) -> list[str]:

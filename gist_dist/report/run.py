@@ -1,6 +1,5 @@
 """A run's folder, read: what it holds, not yet judged. Whatever is not there yet is empty."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +7,11 @@ from typing import Any
 
 from gist_dist.errors import UserError
 from gist_dist.evaluation import Score, read_results
+from gist_dist.plain_json import check_plain, load_plain_json, problem
 from gist_dist.plain_yaml import load_plain
 from gist_dist.redact import redact, redact_text
+from gist_dist.report.shapes import DATA, EXAMPLES, FAILURES, RECIPE, STEP
 
-EXAMPLE_TEXTS = {"chosen", "source", "block", "anchor", "positive", "candidate"}
-EXAMPLE_NUMBERS = {"row", "threshold", "guide_positive", "guide_candidate", "student_positive", "student_candidate"}
-EXAMPLE_KEYS = EXAMPLE_TEXTS | EXAMPLE_NUMBERS
-"""Of an example in masked_examples.json (masked_examples.py writes it)."""
 CHECKPOINT_COMPLAINTS = (" is damaged (", "the next checkpoint tries again")
 """In lines of the log (checkpoint.py writes them)."""
 
@@ -42,7 +39,7 @@ class Run:
     metrics: list[dict[str, Any]]
     """A dict a step, by step."""
     unreadable_lines: int
-    """Lines of metrics.jsonl that are no JSON object (a writer was killed within a line)."""
+    """Lines of metrics.jsonl that tell of no step (a writer was killed within a line)."""
     data: dict[str, Any]
     tasks: list[TaskRow]
     failures: dict[str, dict[str, str]]
@@ -83,80 +80,73 @@ def read_run(run_dir: Path) -> Run:
         config=redact(config),
         metrics=metrics,
         unreadable_lines=unreadable,
-        data=redact(_read_json(folder / "data.json")),
+        data=redact(read_json(folder / "data.json", DATA)),
         tasks=_task_rows(scores),
         failures=_read_failures(folder / "mteb" / "failures.json"),
-        masked_examples=_read_examples(folder / "masked_examples.json"),
+        masked_examples=read_json(folder / "masked_examples.json", EXAMPLES),
         logged=_read_logged(folder / "logs" / "train.log"),
     )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = load_plain(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = load_plain(_read_text(path))
+        check_plain(config)
+    except ValueError as error:
         raise UserError(f"{path}: can't be read: {' '.join(str(error).split())}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds {type(config).__name__}, not the sections of a recipe")
+    if wrong := problem(RECIPE, config):
+        raise UserError(f"{path}: is no recipe that was run: {wrong}; repair it")
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, shape: Any, remedy: str = "remove it, and the report goes without it") -> Any:
+    """{} where there is no such file. UserError for one that is no JSON of this shape, a TypeAdapter."""
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: can't be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds {type(content).__name__}, not an object")
+        content = load_plain_json(_read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: can't be read as JSON: {error}; {remedy}") from None
+    if wrong := problem(shape, content):
+        raise UserError(f"{path}: is damaged: {wrong}; {remedy}")
     return content
 
 
+def _read_text(path: Path, errors: str = "strict") -> str:
+    """ValueError for what is no UTF-8, unless errors are replaced."""
+    try:
+        return path.read_text(encoding="utf-8", errors=errors)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
 def _read_failures(path: Path) -> dict[str, dict[str, str]]:
-    failures = _read_json(path)
-    if not all(isinstance(errors, dict) for errors in failures.values()):
-        raise UserError(f"{path}: is damaged; remove it, and the next evaluation writes it")
+    failures = read_json(path, FAILURES)
     return {
         label: {task: redact_text(str(error)) for task, error in errors.items()} for label, errors in failures.items()
     }
 
 
-def _read_examples(path: Path) -> dict[str, Any]:
-    found = _read_json(path)
-    if not all(_is_example(example) for example in found.get("examples", [])):
-        raise UserError(f"{path}: is damaged; remove it, and the report goes without it")
-    return found
-
-
-def _is_example(value: Any) -> bool:
-    if not isinstance(value, dict) or not value.keys() >= EXAMPLE_KEYS:
-        return False
-    numbers = all(isinstance(value[key], int | float) for key in EXAMPLE_NUMBERS)
-    return numbers and all(isinstance(value[key], str) for key in EXAMPLE_TEXTS)
-
-
 def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Lines by step (the last of a step counts), and how many lines could not be read."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = _read_text(path, "replace").splitlines() if path.is_file() else []
     by_step: dict[int, dict[str, Any]] = {}
     unreadable = 0
     for line in lines:
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row["step"], int):
-                raise ValueError("it is of no step")
-            by_step[row["step"]] = row | {
-                key: {} for key in ("sources", "seconds") if not isinstance(row.get(key), dict)
-            }
-        except (ValueError, KeyError, RecursionError):
+            row = load_plain_json(line)
+        except ValueError:
+            row = None
+        if problem(STEP, row):
             unreadable += 1
+        else:
+            by_step[row["step"]] = {"sources": {}, "seconds": {}} | row
     return [by_step[step] for step in sorted(by_step)], unreadable
 
 
 def _read_logged(path: Path) -> list[str]:
     """Each complaint once; the last few of them."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = _read_text(path, "replace") if path.is_file() else ""
     complaints = [line for line in text.splitlines() if any(words in line for words in CHECKPOINT_COMPLAINTS)]
     return list(dict.fromkeys(complaints))[-5:]
 

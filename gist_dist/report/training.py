@@ -4,7 +4,7 @@ import math
 from statistics import fmean, median
 from typing import Any
 
-from gist_dist.plots import BLOCKS
+from gist_dist.plots import BLOCKS, is_finite
 from gist_dist.report.run import Run
 
 
@@ -14,7 +14,7 @@ def summarize_training(run: Run) -> dict[str, Any]:
     Masked fractions and padding are means over steps; first and last are over a twentieth of the steps.
     """
     metrics = run.metrics
-    loss = _first_last(metrics, "loss") or [None, None]
+    loss_first, loss_last = _first_last(metrics, "loss") or (None, None)
     grad_norms = _values(metrics, "grad_norm")
     limit = run.section("optim").get("max_grad_norm")
     rows = math.fsum(_values(metrics, "rows"))
@@ -26,8 +26,8 @@ def summarize_training(run: Run) -> dict[str, Any]:
         "planned_steps": run.data.get("steps"),
         "epochs": metrics[-1].get("epoch") if metrics else None,
         "rows": int(rows),
-        "loss_first": loss[0],
-        "loss_last": loss[1],
+        "loss_first": loss_first,
+        "loss_last": loss_last,
         "non_finite_steps": [row["step"] for row in metrics if _is_non_finite(row)],
         "grad_norm_median": median(grad_norms) if grad_norms else None,
         "clipped_fraction": fmean(norm > limit for norm in grad_norms) if grad_norms and limit else None,
@@ -50,17 +50,13 @@ def summarize_training(run: Run) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _is_non_finite(row: dict[str, Any]) -> bool:
     """A step whose loss or gradient overflowed, skipped or not; what JSON can't hold is written as null."""
-    return bool(row.get("skipped")) or any(key in row and not _finite(row[key]) for key in ("loss", "grad_norm"))
+    return bool(row.get("skipped")) or any(key in row and not is_finite(row[key]) for key in ("loss", "grad_norm"))
 
 
 def _values(rows: list[dict[str, Any]], key: str) -> list[float]:
-    return [float(row[key]) for row in rows if _finite(row.get(key))]
+    return [float(row[key]) for row in rows if is_finite(row.get(key))]
 
 
 def _average(rows: list[dict[str, Any]], key: str) -> float | None:
@@ -84,7 +80,7 @@ def _worker_changes(metrics: list[dict[str, Any]]) -> list[dict[str, int]]:
     """[{from_step, world_size}]: one, and one more for every change."""
     changes: list[dict[str, int]] = []
     for row in metrics:
-        if _finite(size := row.get("world_size")) and (not changes or changes[-1]["world_size"] != size):
+        if is_finite(size := row.get("world_size")) and (not changes or changes[-1]["world_size"] != size):
             changes.append({"from_step": row["step"], "world_size": int(size)})
     return changes
 

@@ -30,7 +30,7 @@ def judge(
         {"type": kind, **_mean_row([row for row in counted if row.type == kind])}
         for kind in dict.fromkeys(row.type for row in counted)
     ]
-    losses = sorted((row for row in compared if row.change < 0), key=lambda row: row.change)
+    losses = sorted((row for row in compared if (row.change or 0) < 0), key=lambda row: row.change or 0)
     settled = {row.task for row in after} | (failures or {}).get("trained", {}).keys()
     verdict = {
         "headline": _headline(rows, counted, overall, wanted),
@@ -72,7 +72,8 @@ def _mean_of_types(by_type: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def mean_of_points(values: list[float | None]) -> float | None:
     """None unless every value is there: over fewer tasks than its neighbour it would compare nothing."""
-    return round(fmean(values), 2) if values and None not in values else None
+    known = [value for value in values if value is not None]
+    return round(fmean(known), 2) if known and len(known) == len(values) else None
 
 
 def _is_retrieval(row: TaskRow) -> bool:

@@ -1,0 +1,93 @@
+"""A local Ray of our own: in a folder that goes with it, and started once more where it does not come up."""
+
+import fcntl
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gist_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PREFIX, OWNER = "gist-ray-", "owner"
+SETTLED_SECONDS = 60.0
+"""A folder younger than that may belong to a process that is about to lock it."""
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """For Ray's files, until the block ends. Short, as the path of a socket may have 107 characters; and below a
+    folder that is closed to other users, as Ray opens its own to all."""
+    base = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+    remove_left_folders(base)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    try:
+        with (folder / OWNER).open("w") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)  # the system takes it from a process that dies
+            yield folder / "ray"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left_folders(base: Path) -> None:
+    """Those of this user whose process was killed: nobody holds their lock."""
+    for folder in base.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # another process holds the lock or was faster, or there is none to hold
+            found = folder.lstat()
+            is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+            if is_own and time.time() - found.st_mtime > SETTLED_SECONDS:
+                with (folder / OWNER).open() as owner:
+                    fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+
+
+def start(folder: Path, runtime_env: dict[str, Any]) -> None:
+    """ray.init(), twice if need be: Ray gives its processes 30 seconds, which a busy machine may not do with.
+
+    UserError if it does not start.
+    """
+    import ray
+
+    for is_last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                runtime_env=runtime_env,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
+            return
+        except Exception as error:
+            _end_processes(error)
+            ray.shutdown()
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if is_last or isinstance(
+                error, ValueError | TypeError
+            ):  # those are of a runtime_env, or of too little room
+                raise UserError(
+                    f"the local Ray did not start: {reason}; end other work on this machine, mend cluster.runtime_env "
+                    "if that is what it names, or set cluster.address to a Ray that runs"
+                ) from error
+            logger.warning("the local Ray did not start (%s); trying once more", reason)
+
+
+def _end_processes(error: Exception) -> None:
+    """Those of a node that did not come up, which ray.shutdown() does not know of."""
+    from ray._private.node import Node
+
+    trace = error.__traceback__
+    while trace:
+        node = trace.tb_frame.f_locals.get("self")
+        if isinstance(node, Node):
+            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+            return
+        trace = trace.tb_next

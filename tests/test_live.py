@@ -1,0 +1,143 @@
+"""What a terminal shows while a command runs: in place, and nothing of it left behind; plain lines elsewhere."""
+
+import io
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from terminal import run_in_terminal
+from tiny import recipe, save_tiny_model, words, write_jsonl
+
+from gist_dist.live import PROGRESS, LiveHandler, Tail, View, live_view
+from gist_dist.observers import clock
+
+LINE = {
+    "step": 7, "loss": 0.5, "grad_norm": 1.25, "learning_rate": 2e-5, "world_size": 2, "pairs_per_second": 100.0,
+    "tokens_per_second": 4000.0, "padding_fraction": 0.01, "masked_fraction": 0.025, "masked_fraction_ap": 0.03,
+    "masked_fraction_aa": None, "masked_fraction_pp": 0.01, "masked_fraction_an": None, "rows_without_negatives": 3,
+    "seconds": {"step": 2.0}, "peak_memory_bytes": 1_500_000_000,
+}  # fmt: skip
+
+
+def shown(view: View) -> str:
+    console = Console(file=io.StringIO(), width=110)
+    console.print(view.render())
+    return console.file.getvalue()
+
+
+def training_view(folder: Path) -> View:
+    (folder / "data.json").write_text(json.dumps({"steps": 100}))
+    (folder / "metrics.jsonl").write_text("")
+    view = View("my-run", folder)
+    view.hear("gist_dist.on_ray.fit", "starting 2 workers on Ray")
+    return view
+
+
+def test_a_training_is_shown_with_its_newest_metrics(tmp_path):
+    view = training_view(tmp_path)
+    assert "my-run  training" in shown(view) and "step" not in shown(view)
+    lines = [LINE, {**LINE, "step": 8, "loss": 0.3, "seconds": {"step": 4.0}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = shown(view)
+    for told in (
+        "step 8 of 100", "3.00 s a step", f"{clock(92 * 3.0)} left", "loss 0.4000", "gradient norm 1.25",
+        "learning rate 2.00e-05", "100 pairs/s", "4,000 tokens/s", "masked 2.5% (ap 3.0, pp 1.0)",
+        "rows without negatives 3", "1.5 GB a worker", "training on 2 workers",
+    ):  # fmt: skip
+        name, number = told.rsplit(" ", 1) if told.endswith("/s") else (None, told)
+        assert (f"{number} {name}" if name else told) in text, (told, text)
+
+
+def test_a_loss_that_is_not_finite_is_shown_as_that(tmp_path):
+    view = training_view(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({**LINE, "loss": None, "grad_norm": None}) + "\n")
+    assert "loss nan" in shown(view) and "gradient norm not finite" in shown(view)
+
+
+def test_metrics_are_followed_over_a_restart_and_torn_lines(tmp_path):
+    """A run that goes on drops the steps that it will do again, so the file gets shorter."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps({"step": 1}) + "\n")
+    tail = Tail(file)
+    assert tail.newest() == []  # of an earlier command
+    with file.open("a") as stream:
+        stream.write('{"step": 2}\nno json\n[]\n{"step": 3}\n{"st')
+    assert [line["step"] for line in tail.newest()] == [2, 3]
+    with file.open("a") as stream:
+        stream.write('ep": 4}\n')
+    assert [line["step"] for line in tail.newest()] == [2, 3, 4]
+    file.write_text('{"step": 1}\n{"step": 2}\n')
+    assert [line["step"] for line in tail.newest()] == [1, 2]
+    file.unlink()
+    assert [line["step"] for line in tail.newest()] == [1, 2]
+
+
+def test_lines_of_progress_replace_each_other_and_all_others_stay():
+    view, console = View("run"), Console(file=io.StringIO(), width=110)
+    handler = LiveHandler(view, console)
+    for name, line in (
+        ("gist_dist.on_ray.driver", "loading models and preparing data"),
+        ("gist_dist.data.corpus", "prepared 10 rows in 0.1 s (100 rows/s), 1 of 4 parts, about 3 s left"),
+        ("gist_dist.data.corpus", "[bold]source[/bold]: 3 rows dropped"),
+    ):
+        handler.emit(logging.LogRecord(name, logging.INFO, "", 0, "%s", (line,), None))
+    kept = console.file.getvalue()
+    assert "loading models" in kept and "[bold]source[/bold]: 3 rows dropped" in kept and "1 of 4 parts" not in kept
+    assert "preparing data" in shown(view) and "1 of 4 parts, about 3 s left" in shown(view)
+    view.hear("gist_dist.on_ray.evaluation", "evaluating trained on 2 tasks")
+    assert "evaluating" in shown(view) and "1 of 4 parts" not in shown(view)
+
+
+def test_every_phase_writes_its_progress_so_that_it_is_shown_in_place():
+    import numpy as np
+
+    from gist_dist.data.corpus import _Progress as Preparing
+    from gist_dist.guide_cache import Progress as Encoding
+    from gist_dist.guide_cache import Work
+
+    preparing = Preparing(4, lambda line: None)
+    preparing.rows_of, preparing.num_done = {0: 10}, 1
+    encoding = Encoding(Work([np.arange(3), np.arange(2)], 5), np.array([3, 4, 5]), lambda line: None)
+    encoding.add(0)
+    step = "step 3/9  loss 0.5000  10 pairs/s  masked 1.0 %  0:12 left"
+    for line in (preparing._line(), encoding.line(), step, "3 of 8 evaluations done, about 0:40 left"):
+        assert PROGRESS.search(line), line
+
+
+def test_without_a_terminal_nothing_is_changed(capsys):
+    handlers = list(logging.getLogger().handlers)
+    with live_view("run"):
+        assert logging.getLogger().handlers == handlers
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.ray
+def test_a_whole_run_in_a_terminal(tmp_path):
+    import random
+
+    rng = random.Random(1)
+    student, guide = save_tiny_model(tmp_path / "student"), save_tiny_model(tmp_path / "guide", seed=1)
+    rows = [{"anchor": words(rng, 3, 6), "positive": words(rng, 3, 9)} for _ in range(120)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    tree = recipe(tmp_path, student, guide, source, batch={"global_size": 32}, optim={"steps": 150})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(tree))
+    environment = {**os.environ, "TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gist_dist.cli", "train", "recipe.yaml"]
+    session = run_in_terminal(command, tmp_path, environment)
+
+    assert session.status == 0, session.text
+    training = [screen for screen in session.screens if " s a step" in screen]
+    assert training, session.text
+    assert re.search(r"● tiny  training on 1 worker  \d:\d\d\n  step [\d,]+ of 150 .* left\n", training[-1]), training[
+        -1
+    ]
+    assert "loss " in training[-1] and "pairs/s" in training[-1] and "GB a worker" in training[-1]
+    # When it has ended: the outline, the verdict and where things are, and nothing of what was drawn in place.
+    assert "●" not in session.text and not re.search(r"^step \d+/150", session.text, re.MULTILINE)
+    for told in ("gist_dist 0.1.0: tiny -> ", "student  ", "steps    150 of 32 rows", "150 steps in", "report   "):
+        assert told in session.text, (told, session.text)
