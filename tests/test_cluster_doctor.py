@@ -33,11 +33,29 @@ def tree(tmp_path_factory) -> dict:
     return recipe(folder / "runs", student, guide, rows, cluster={"num_workers": 1})
 
 
-def test_a_good_cluster_is_found_ready(ray_session, tree, monkeypatch):
+@pytest.fixture(scope="module")
+def processes(ray_session):
+    """On each node one, for all tests: it takes its time to import what loads models."""
+    from gist_dist.on_ray.nodes import Nodes
+
+    nodes = Nodes()
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture
+def nodes(processes, monkeypatch):
+    monkeypatch.setattr(processes, "findings", [])
+    monkeypatch.setattr(processes, "close", lambda: None)
+    return processes
+
+
+def test_a_good_cluster_is_found_ready(nodes, tree, monkeypatch):
     """But for the gathering: a Ray Train run is for the tests of two nodes."""
     from gist_dist.on_ray import doctor
 
     asked = []
+    monkeypatch.setattr(doctor, "Nodes", lambda: nodes)
     monkeypatch.setattr(doctor, "measure_gather", lambda *arguments: asked.append(arguments[2]) or [])
     findings = doctor.examine_cluster(ray.get_runtime_context().gcs_address, parse_config(tree))
     found = by_name(findings)
@@ -59,19 +77,13 @@ def test_a_group_gathers_each_size_and_takes_longer_for_more(tmp_path):
     assert 0.01 < 64e6 / 2 / ours["64 MB"] / 1e9 < 100
 
 
-def test_what_a_node_lacks_is_named_with_a_remedy(ray_session, tree, tmp_path):
-    from gist_dist.on_ray.nodes import Nodes
-
+def test_what_a_node_lacks_is_named_with_a_remedy(nodes, tree, tmp_path):
     (tmp_path / "file").write_text("")
     broken = tree | {
         "student": {"model": str(tmp_path / "absent")},
         "evaluate": {"tasks": ["STSBenchmark"]},
     }
-    nodes = Nodes()
-    try:
-        findings = nodes.examine(parse_config(broken), {"output_dir": str(tmp_path / "file" / "runs")})
-    finally:
-        nodes.close()
+    findings = nodes.examine(parse_config(broken), {"output_dir": str(tmp_path / "file" / "runs")})
     failed = {f.name: f for f in findings if f.state == "fail"}
     assert failed.keys() == {"output_dir", "student.model", "evaluate.tasks"}
     assert "can't write: " in failed["output_dir"].found and "Not a directory" in failed["output_dir"].found

@@ -27,6 +27,12 @@ def model(tmp_path_factory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("options") / "student", width=32, layers=2)
 
 
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory) -> Path:
+    """Whose tracing takes half as long."""
+    return save_tiny_model(tmp_path_factory.mktemp("options") / "student", width=32, layers=1)
+
+
 def student_of(model: Path, **options) -> Student:
     student = Student(StudentConfig(model=str(model), dropout=0.2, **options))
     student.get_ready()
@@ -98,28 +104,33 @@ def traced_only(monkeypatch):
     counters.clear()
 
 
-def test_compiled_student_and_guide_give_the_same_without_compiling_for_every_length(model, traced_only):
-    compiled = student_of(model, compile=True)
-    expected = Outcome(plain_student_of(model), False)
+def test_compiled_student_and_guide_give_the_same_without_compiling_for_every_length(one_layer, traced_only, tmp_path):
+    compiled = student_of(one_layer, compile=True)
+    expected = Outcome(plain_student_of(one_layer), False)
     assert_same(Outcome(compiled, False), expected, 1e-5)
     num_graphs = counters["stats"]["unique_graphs"]
     assert 0 < num_graphs <= 2  # with and without gradients
     assert_same(Outcome(compiled, True), expected, 1e-5)
     texts = [np.arange(5, 5 + length, dtype=np.int32) for length in (12, 7, 3)]
-    guides = [Guide(GuideConfig(model=str(model), compile=compile)) for compile in (True, False)]
+    guides = [Guide(GuideConfig(model=str(one_layer), compile=compile)) for compile in (True, False)]
     for guide in guides:
         guide.get_ready()
     torch.testing.assert_close(*(guide.encode(texts) for guide in guides), rtol=0, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == num_graphs + 1
+    compiled.save(tmp_path / "saved")
+    again = Student(StudentConfig(model=str(tmp_path / "saved"), dropout=0.2))
+    again.dropout = nullcontext()
+    assert_same(Outcome(again, False), expected, 0.0)
 
 
-def test_compiled_student_saves_a_stock_model(model, traced_only, tmp_path):
-    student = student_of(model, compile=True, gradient_checkpointing=True)
+@pytest.mark.slow
+def test_compiled_student_saves_a_stock_model(one_layer, traced_only, tmp_path):
+    student = student_of(one_layer, compile=True, gradient_checkpointing=True)
     Outcome(student, False)
     student.save(tmp_path / "saved")
     again = Student(StudentConfig(model=str(tmp_path / "saved"), dropout=0.2))
     assert not any(module.__dict__.get("gradient_checkpointing") for module in again.model.modules())
-    assert_same(Outcome(again, False), Outcome(student_of(model), False), 0.0)
+    assert_same(Outcome(again, False), Outcome(student_of(one_layer), False), 0.0)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -174,6 +174,7 @@ def test_local_tasks_need_no_writable_home(tmp_path: Path, monkeypatch: pytest.M
 
     sts13(tmp_path, sts_rows())
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/no-such-home/datasets"))
+    (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     task = load_task("STS13", str(tmp_path))
     task.load_data()

@@ -59,35 +59,44 @@ def recipe(output_dir: Path, rows: Path, minilm: Path, minilm_l2: Path, num_work
     return parse_config(tree | changes)
 
 
+class Runs(dict[int, RunConfig]):
+    """The same recipe by number of workers, trained when it is first asked for."""
+
+    def __init__(self, *settings: Path) -> None:
+        self.settings = settings
+
+    def __missing__(self, num_workers: int) -> RunConfig:
+        self[num_workers] = recipe(*self.settings, num_workers)
+        train_and_evaluate(self[num_workers])
+        return self[num_workers]
+
+
 @pytest.fixture(scope="module")
-def runs(ray_session, tmp_path_factory, rows, minilm, minilm_l2) -> dict[int, RunConfig]:
-    """The same recipe on 1, 2 and 3 workers."""
-    output_dir = tmp_path_factory.mktemp("runs")
-    configs = {n: recipe(output_dir, rows, minilm, minilm_l2, n) for n in (1, 2, 3)}
-    for config in configs.values():
-        train_and_evaluate(config)
-    return configs
+def runs(ray_session, tmp_path_factory, rows, minilm, minilm_l2) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), rows, minilm, minilm_l2)
 
 
-def test_losses_and_gradient_norms_do_not_depend_on_world_size(runs):
-    lines = {n: read_metrics(config.run_dir / "metrics.jsonl") for n, config in runs.items()}
-    assert [line["world_size"] for line in lines[3]] == [3] * STEPS
-    for n in (2, 3):
-        for one, many in zip(lines[1], lines[n], strict=True):
-            assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
-            assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
-            assert many["masked_fraction"] == one["masked_fraction"]
-    assert any(line["masked_fraction"] > 0 for line in lines[1])
+SEVERAL = [2, pytest.param(3, marks=pytest.mark.slow)]
 
 
-def test_models_do_not_depend_on_world_size(runs, minilm_l2):
+@pytest.mark.parametrize("num_workers", SEVERAL)
+def test_losses_and_gradient_norms_do_not_depend_on_world_size(runs, num_workers):
+    alone, together = (read_metrics(runs[n].run_dir / "metrics.jsonl") for n in (1, num_workers))
+    assert [line["world_size"] for line in together] == [num_workers] * STEPS
+    for one, many in zip(alone, together, strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert many["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-6)
+        assert many["masked_fraction"] == one["masked_fraction"]
+    assert any(line["masked_fraction"] > 0 for line in alone)
+
+
+@pytest.mark.parametrize("num_workers", SEVERAL)
+def test_models_do_not_depend_on_world_size(runs, minilm_l2, num_workers):
     before = load_file(minilm_l2 / "model.safetensors")
-    models = {n: load_file(config.run_dir / "model" / "model.safetensors") for n, config in runs.items()}
-    assert max((models[1][name] - before[name]).abs().max().item() for name in models[1]) > 1e-5
-    for n in (2, 3):
-        # Sums in fp64 make even the noise agree that Adam takes for the gradient of key biases.
-        differing = sum((models[n][name] != tensor).sum().item() for name, tensor in models[1].items())
-        assert differing == 0
+    alone, together = (load_file(runs[n].run_dir / "model" / "model.safetensors") for n in (1, num_workers))
+    assert max((alone[name] - before[name]).abs().max().item() for name in alone) > 1e-5
+    # Sums in fp64 make even the noise agree that Adam takes for the gradient of key biases.
+    assert sum((together[name] != tensor).sum().item() for name, tensor in alone.items()) == 0
 
 
 def test_run_leaves_what_the_design_lists(runs):
@@ -128,6 +137,7 @@ def test_another_recipe_under_the_same_name_is_refused(runs):
         train_and_evaluate(changed)
 
 
+@pytest.mark.slow
 def test_killed_run_ends_with_the_undisturbed_model(runs, tmp_path, rows, minilm, minilm_l2):
     """The driver is killed after the first checkpoint; the same recipe, now on one worker, does the rest."""
     killed = recipe(tmp_path, rows, minilm, minilm_l2, 2, name="killed")
@@ -149,11 +159,11 @@ def test_killed_run_ends_with_the_undisturbed_model(runs, tmp_path, rows, minilm
 
 
 def test_cached_guide_gives_the_online_run(runs, tmp_path, rows, minilm, minilm_l2):
-    """Filled before training; the workers load no guide."""
+    """Filled before training; the worker loads no guide."""
     guide = {"model": str(minilm), "max_tokens": 32, "mode": "cache"}
-    cached = recipe(tmp_path, rows, minilm, minilm_l2, 2, name="cached", guide=guide)
+    cached = recipe(tmp_path, rows, minilm, minilm_l2, 1, name="cached", guide=guide)
     train_and_evaluate(cached)
-    lines, online = (read_metrics(c.run_dir / "metrics.jsonl") for c in (cached, runs[2]))
+    lines, online = (read_metrics(c.run_dir / "metrics.jsonl") for c in (cached, runs[1]))
     for line, expected in zip(lines, online, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["masked_fraction"] == pytest.approx(expected["masked_fraction"], abs=1e-3)
@@ -176,6 +186,7 @@ def test_precompute_and_mine_from_the_command_line(ray_session, tmp_path, rows, 
     assert [len(row["negatives"]) for row in mined] == [len(row["negatives"]) + 2 for row in before]
 
 
+@pytest.mark.slow
 def test_user_error_in_a_worker_is_one_sentence_and_is_not_retried(ray_session, tmp_path, rows, minilm, minilm_l2):
     config = recipe(tmp_path, rows, minilm, minilm_l2, 2, name="explodes", loss={"temperature": 1e-45})
     with pytest.raises(UserError, match=r"step 1: the loss is (nan|inf)"):

@@ -155,15 +155,18 @@ def test_another_process_draws_the_same(tmp_path):
         tmp_path, student, None, tiny.write_jsonl(tmp_path / "x.jsonl", rows), batch={"global_size": 20}
     )
     code = (
-        "import sys, json, tiny; from gist_dist.data.sampler import Sampler\n"
-        "config, corpus = tiny.prepared(json.loads(sys.argv[1]))\n"
-        "print(json.dumps([Sampler(corpus, config).rows(step).tolist() for step in (1, 5, 11)]))"
+        "import sys, json, pathlib\n"
+        "from gist_dist.config import parse_config\n"
+        "from gist_dist.data.corpus import Corpus\n"
+        "from gist_dist.data.sampler import Sampler\n"
+        "sampler = Sampler(Corpus(pathlib.Path(sys.argv[2])), parse_config(json.loads(sys.argv[1])))\n"
+        "print(json.dumps([sampler.rows(step).tolist() for step in (1, 5, 11)]))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": "77"}
-    command = [sys.executable, "-c", code, json.dumps(recipe)]
+    config, corpus = tiny.prepared(recipe)
+    command = [sys.executable, "-c", code, json.dumps(recipe), str(corpus.folder)]
+    environment = os.environ | {"PYTHONHASHSEED": "77"}
     theirs = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True).stdout
-    recipe, corpus = tiny.prepared(recipe)
-    sampler = Sampler(corpus, recipe)
+    sampler = Sampler(corpus, config)
     assert json.loads(theirs) == [sampler.rows(step).tolist() for step in (1, 5, 11)]
 
 

@@ -92,18 +92,25 @@ def test_a_run_is_followed_detached_from_found_again_and_stopped(head, client, p
     target = submit.Target(head.address, head.token_file)
     shown = run_until_stopped(head, client, place, "mine")
     capsys.readouterr()
-
-    assert submit.resume("mine", target, watch=False) == 0
-    assert "submitted as job mine-2, with 1 data file of this machine" in capsys.readouterr().out
-    recipes = [json.loads(job.metadata[jobs.RECIPE_KEY]) for job in jobs_of(client, "mine")]
-    assert recipes[0] == recipes[1] == load_recipe("mine.yaml", ["name=mine"]).model_dump(mode="json")
-    assert submit.stop("mine", target) == submit.stop("mine", target) == 0
-    assert "job mine-2 of run 'mine' is over: STOPPED" in capsys.readouterr().out
-
+    assert submit.stop("mine", target) == 0
+    assert "job mine of run 'mine' is over: STOPPED" in capsys.readouterr().out
     assert submit.status("mine", target) == 0
     told = capsys.readouterr().out
-    assert re.search(r"^mine  STOPPED  .*\nmine-2  STOPPED  ", told), told
-    assert head.token not in shown + told
+    assert told.startswith("mine  STOPPED  ") and head.token not in shown + told
+
+
+def test_resuming_takes_the_recipe_of_the_newest_job(head, client, place):
+    """And goes through all checks with it. A run that is really resumed takes a minute: below."""
+    target, tree = submit.Target(head.address, head.token_file), load_recipe(str(place / "mine.yaml"), ["name=gone"])
+    kept = json.dumps(tree.model_dump(mode="json") | {"data": {"sources": [{"path": "/gone.jsonl"}]}})
+    job = client.submit_job(entrypoint="true", metadata={jobs.RUN_KEY: "gone", jobs.RECIPE_KEY: kept})
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.1)
+    with pytest.raises(UserError, match=r"/gone\.jsonl is neither here nor on the head"):
+        submit.resume("gone", target)
+    client.submit_job(entrypoint="true", metadata={jobs.RUN_KEY: "gone"})
+    with pytest.raises(UserError, match="its job does not hold the recipe; submit that again"):
+        submit.resume("gone", target)
 
 
 @pytest.mark.slow
@@ -115,9 +122,15 @@ def test_a_stopped_run_is_resumed_and_does_each_step_once(head, client, place, m
     assert 0 < stopped_at < STEPS
     capsys.readouterr()
 
-    assert submit.resume("again", submit.Target(head.address, head.token_file)) == 0
+    target = submit.Target(head.address, head.token_file)
+    assert submit.resume("again", target) == 0
     log = capsys.readouterr().out
-    assert "submitted as job again-2" in log and "job again-2: SUCCEEDED" in log
+    assert "submitted as job again-2, with 1 data file of this machine" in log and "job again-2: SUCCEEDED" in log
+    recipes = [json.loads(job.metadata[jobs.RECIPE_KEY]) for job in jobs_of(client, "again")]
+    assert recipes[0] == recipes[1] == load_recipe("mine.yaml", ["name=again"]).model_dump(mode="json")
+    assert submit.status("again", target) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^again  STOPPED  .*\nagain-2  SUCCEEDED  ", told), told
     assert f"resuming after step {stopped_at}" in log and log.count(f"step {STEPS}/{STEPS}") == 1
     lines = read_metrics(place / "runs" / "again" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
