@@ -141,3 +141,19 @@ def test_a_whole_run_in_a_terminal(tmp_path):
     assert "●" not in session.text and not re.search(r"^step \d+/150", session.text, re.MULTILINE)
     for told in ("gist_dist 0.1.0: tiny -> ", "student  ", "steps    150 of 32 rows", "150 steps in", "report   "):
         assert told in session.text, (told, session.text)
+
+
+def test_time_left_of_evaluations_is_told_by_their_text_once_that_says_something(tmp_path):
+    from gist_dist.config import EvaluateConfig
+    from gist_dist.on_ray.evaluation import Job, _Progress
+
+    for name, rows in (("Small", 2), ("Large", 200), ("Larger", 400)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.csv").write_text("sentence1,sentence2,score\n" + "some words,other words,1\n" * rows)
+    jobs = [Job("trained", name) for name in ("Small", "Large", "Larger")]
+    progress = _Progress(jobs, EvaluateConfig(tasks=("Small", "Large", "Larger"), local_tasks=str(tmp_path)))
+    progress.started -= 100.0
+    progress.told -= 100.0
+    assert progress.after(jobs[0]) is None  # seconds of a task without text say nothing of the others
+    assert re.fullmatch(r"[23]:\d\d", progress.after(jobs[1]))
+    assert progress.after(jobs[2]) is None

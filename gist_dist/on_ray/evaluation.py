@@ -163,8 +163,8 @@ def _evaluate_all(
 
 
 class _Progress:
-    """How long the evaluations will still take, by the amount of text that they read: not sooner than a few seconds
-    after the last time it was told, and not for the last one."""
+    """How long the evaluations will still take, by the amount of text that they read: told once a tenth of it is done,
+    not sooner than a few seconds after the last time, and not for the last one."""
 
     def __init__(self, jobs: list[Job], evaluate: EvaluateConfig) -> None:
         self.waiting = {job: 1 + estimated_characters(job.task, evaluate.local_tasks) for job in jobs}
@@ -174,7 +174,7 @@ class _Progress:
     def after(self, job: Job) -> str | None:
         del self.waiting[job]
         left, now = sum(self.waiting.values()), time.monotonic()
-        if not left or now - self.told < SHOW_SECONDS:
+        if not left or self.all - left < self.all / 10 or now - self.told < SHOW_SECONDS:
             return None
         self.told = now
         return clock((now - self.started) / (self.all - left) * left)
