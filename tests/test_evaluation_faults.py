@@ -185,7 +185,8 @@ def test_an_interrupted_evaluation_keeps_what_is_done_and_frees_what_runs(ray_se
     write_set(tmp_path / "tasks" / "Fine")
     write_endless_set(tmp_path / "tasks" / "Endless")
     config = recipe(tmp_path, model, "Endless", "Fine")
-    watch = starts()
+    processes: dict[str, int] = {}
+    starts(processes.__setitem__)
     ended, timer = [], threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
 
     def interrupt_soon(label: str, task: str, *rest: object) -> None:
@@ -199,7 +200,7 @@ def test_an_interrupted_evaluation_keeps_what_is_done_and_frees_what_runs(ray_se
         timer.cancel()
     assert ended == ["Fine"]
     assert sorted(read_results(tmp_path / "mteb" / "trained")) == ["Fine"]
-    assert cpus_are_free(ray_session["CPU"]) and is_gone(watch.processes[0])
+    assert cpus_are_free(ray_session["CPU"]) and is_gone(processes["Endless"])  # Fine's process may serve again
 
 
 @pytest.mark.ray
