@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gist_dist.config import RunConfig
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.storage import SCRATCH_PREFIX, join, open_store, sha256
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class CheckpointStore:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise Damaged(f"{error.filename or error} is missing") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-            raise Damaged(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
+            raise Damaged(in_one_line(f"{type(error).__name__}: {error}", 200)) from error
         if not isinstance(facts, dict) or facts.get("step") != step:
             raise Damaged(f"{FACTS} doesn't tell of step {step}")
         return Snapshot(step, tensors, facts)
@@ -206,7 +206,7 @@ class CheckpointWriter:
             )
         except OSError as error:
             self.problem = (
-                f"the checkpoint of step {step} can't be written to {place}: {_reason(error)}; free space, lower "
+                f"the checkpoint of step {step} can't be written to {place}: {in_one_line(error)}; free space, lower "
                 "checkpoint.keep or set checkpoint.dir to another place"
             )
             logger.warning("%s; training goes on, and the next checkpoint tries again", self.problem)
@@ -215,7 +215,7 @@ class CheckpointWriter:
         try:
             self.checkpoints.collect(step)
         except OSError as error:
-            logger.warning("old checkpoints in %s can't be removed: %s", place, _reason(error))
+            logger.warning("old checkpoints in %s can't be removed: %s", place, in_one_line(error))
 
 
 def read_newest(checkpoints: CheckpointStore, retry_seconds: float) -> Snapshot | None:
@@ -229,8 +229,8 @@ def read_newest(checkpoints: CheckpointStore, retry_seconds: float) -> Snapshot 
         return with_retries(read, f"checkpoints in {checkpoints.place} can't be read", retry_seconds, Event())
     except OSError as error:
         raise UserError(
-            f"the checkpoints in {checkpoints.place} can't be read: {_reason(error)}; mend the storage, or remove the "
-            "one that can't be read, and the same command goes on"
+            f"the checkpoints in {checkpoints.place} can't be read: {in_one_line(error)}; mend the storage, or remove "
+            "the one that can't be read, and the same command goes on"
         ) from error
 
 
@@ -244,7 +244,7 @@ def with_retries(attempt: Callable[[], T], failure: str, retry_seconds: float, n
             left = deadline - time.monotonic()
             if left <= 0 or isinstance(error, PermissionError) or no_more_tries.is_set():
                 raise
-            logger.info("%s yet (%s); trying again for %.0f s", failure, _reason(error), left)
+            logger.info("%s yet (%s); trying again for %.0f s", failure, in_one_line(error), left)
             no_more_tries.wait(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -310,7 +310,3 @@ def _check(path: Path, name: str, expected: dict[str, Any]) -> None:
         raise Damaged(f"{name} has {size} bytes, not {expected['bytes']}")
     if sha256(path) != expected["sha256"]:
         raise Damaged(f"the checksum of {name} is wrong")
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -6,6 +6,7 @@ Importing this module costs neither torch nor ray, so that a mistyped key answer
 import difflib
 import os
 import reprlib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -548,13 +549,14 @@ CHANGEABLE: dict[str, Any] = {
 
 def computed_values(config: RunConfig) -> dict[str, Any]:
     """The values that decide what a run computes, as dotted keys."""
-    return dict(_flat(config.model_dump(mode="json", exclude=CHANGEABLE)))
+    return dict(flat(config.model_dump(mode="json", exclude=CHANGEABLE)))
 
 
-def _flat(tree: Any, prefix: str = "") -> Any:
+def flat(tree: Any, separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts, an empty dict being one, with their path as the name."""
     if isinstance(tree, dict) and tree:
         for key, value in tree.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else key)
+            yield from flat(value, separator, f"{prefix}{separator}{key}" if prefix else key)
     else:
         yield prefix, tree
 

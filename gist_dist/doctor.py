@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gist_dist import __version__
+from gist_dist.errors import in_one_line
 from gist_dist.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def examine_machine(look_at_ray: Callable[[], list[Finding]]) -> Verdict:
         try:
             findings += look()
         except Exception as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = in_one_line(error) or type(error).__name__
             findings.append(Finding(name, "fail", f"{type(error).__name__}: {reason}", "mend this, then look again"))
     return Verdict(findings)
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from gist_dist.config import GuideConfig, RolePrompts, StudentConfig
 from gist_dist.cpu_dropout import FastDropout
 from gist_dist.data.tokens import TextTokenizer, Tokens, backend_tokens
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def load_sentence_transformer(
         )
     except Exception as error:
         away = offline and isinstance(error, OSError)
-        reason = "the Hub is out of reach and its cache hasn't it" if away else " ".join(str(error).split())[:300]
+        reason = "the Hub is out of reach and its cache hasn't it" if away else in_one_line(error)
         raise UserError(f"{section}.model: '{name}' can't be loaded: {reason}") from error
     transformer: Any = model[0]
     if is_flash:

@@ -1,9 +1,14 @@
-"""The one exception whose message is an answer for the user."""
+"""The one exception whose message is an answer for the user, and other errors as part of an answer."""
 
 from gist_dist.redact import redact_text
 
 LONGEST = 4000
 """Characters of an answer; what is longer loses its middle."""
+
+
+def in_one_line(error: object, limit: int = 300) -> str:
+    """What a library's error says, as part of a sentence."""
+    return " ".join(str(error).split())[:limit]
 
 
 class UserError(Exception):

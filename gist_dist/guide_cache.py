@@ -35,6 +35,7 @@ from gist_dist.encoder import Encoder, Guide
 from gist_dist.errors import UserError
 from gist_dist.storage import Store, copies_folder, join, open_store, sha256
 from gist_dist.storage import local_copy as copy_to_node
+from gist_dist.words import PROGRESS_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ MAX_SHARD_TEXTS = 2**14
 MIN_SHARD_TOKENS, MAX_SHARD_TOKENS = 2**16, 2**20
 AIMED_AT_SHARDS = 512
 """Enough that workers end together and little is lost with one; fewer where there is little to encode."""
-PROGRESS_SECONDS = 5
 UNTOLD = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Of a transformers config: what says nothing about embeddings, or what the weights themselves tell."""
 

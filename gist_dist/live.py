@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gist_dist.observers import clock
+from gist_dist.plain_json import step_line
 from gist_dist.redact import printable
+from gist_dist.words import clock, plural
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -103,7 +104,7 @@ class View:
         from rich.text import Text
 
         steps = self.metrics.newest() if self.metrics and self.phase == "training" else []
-        phase = f"{self.phase} on {_workers(steps[-1]['world_size'])}" if steps else self.phase
+        phase = f"{self.phase} on {plural(steps[-1]['world_size'], 'worker')}" if steps else self.phase
         heading = Text.assemble(("● ", "cyan"), (self.name, "bold"), f"  {phase}", (f"  {self._clock()}", "dim"))
         if steps:
             return Group(heading, *_training(steps, self.num_steps))
@@ -130,20 +131,16 @@ class Tail:
                 file.seek(self.position)
                 while (line := file.readline()).endswith(b"\n"):
                     self.position = file.tell()
-                    self._add(line)
+                    if row := step_line(line):
+                        self._add(row)
         except OSError:  # not there yet, or a file server that is away for a moment
             pass
         return list(self.steps)
 
-    def _add(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            if self.steps and row["step"] <= self.steps[-1]["step"]:
-                self.steps.clear()
-            self.steps.append(row)
+    def _add(self, row: dict[str, Any]) -> None:
+        if self.steps and row["step"] <= self.steps[-1]["step"]:
+            self.steps.clear()
+        self.steps.append(row)
 
 
 def _training(steps: list[dict[str, Any]], num_steps: int | None) -> list["RenderableType"]:
@@ -180,10 +177,6 @@ def _cell(name: str, value: str) -> "RenderableType":
     from rich.text import Text
 
     return Text.assemble("  ", (f"{name} ", "dim"), printable(value))
-
-
-def _workers(number: int) -> str:
-    return f"{number} worker{'s' * (number > 1)}"
 
 
 def _masked(row: dict[str, Any], block: str) -> float | None:

@@ -20,6 +20,7 @@ from gist_dist.data.plan import BatchPlan
 from gist_dist.errors import UserError
 from gist_dist.files import write_atomically
 from gist_dist.loss import PARTS
+from gist_dist.plain_json import step_line
 from gist_dist.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -76,15 +77,8 @@ class MetricsFile:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines; a line torn by a kill is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [line for text in texts if (line := step_line(text))]
 
 
 def _as_text(line: dict[str, Any]) -> str:

@@ -9,10 +9,9 @@ from gist_dist.config import RunConfig
 from gist_dist.errors import UserError
 from gist_dist.metrics import MetricsFile
 from gist_dist.trackers import Trackers
+from gist_dist.words import PROGRESS_SECONDS, clock
 
 logger = logging.getLogger(__name__)
-
-SHOW_SECONDS = 5
 
 
 class Observers:
@@ -52,7 +51,7 @@ class _Progress:
 
     def show(self, line: dict[str, Any]) -> None:
         now, step = time.monotonic(), line["step"]
-        if now - self.shown < SHOW_SECONDS and step not in (self.first + 1, self.num_steps):
+        if now - self.shown < PROGRESS_SECONDS and step not in (self.first + 1, self.num_steps):
             return
         self.shown = now
         remaining = (now - self.started) / (step - self.first) * (self.num_steps - step)
@@ -65,10 +64,3 @@ class _Progress:
             100 * line["masked_fraction"],
             clock(remaining),
         )
-
-
-def clock(seconds: int | float) -> str:
-    """1:05, or 2:01:05 from an hour on."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -4,6 +4,7 @@ from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Encoder
+from gist_dist.words import plural
 
 
 def outline(config: RunConfig, student: Encoder, guide: Encoder | None, corpus: Corpus, sampler: Sampler) -> list[str]:
@@ -12,7 +13,7 @@ def outline(config: RunConfig, student: Encoder, guide: Encoder | None, corpus: 
         "student": _model(student),
         "guide": _guide(config, guide),
         "data": f"{corpus.num_rows:,} rows with {corpus.num_texts:,} distinct texts"
-        f" of {_number(len(corpus.source_names), 'source')}",
+        f" of {plural(len(corpus.source_names), 'source')}",
         "steps": f"{sampler.num_steps:,} of {config.batch.global_size:,} rows"
         f" ({sampler.num_steps / sampler.steps_per_epoch:.2f} epochs), temperature {config.loss.temperature:g}",
         "workers": _workers(config),
@@ -43,7 +44,7 @@ def _guide(config: RunConfig, guide: Encoder | None) -> str:
 def _workers(config: RunConfig) -> str:
     low, high = config.cluster.min_workers, config.cluster.max_workers
     every = config.checkpoint.every_steps
-    checkpoints = f"a checkpoint every {_number(every, 'step')}" if every else "a checkpoint at the end only"
+    checkpoints = f"a checkpoint every {plural(every, 'step')}" if every else "a checkpoint at the end only"
     return f"{low} to {high}, {checkpoints}" if low < high else f"{high}, {checkpoints}"
 
 
@@ -53,8 +54,4 @@ def _evaluation(config: RunConfig) -> str:
         return "no evaluation (evaluate.tasks is empty)"
     models = ["the trained model", "the untrained student"][: 1 + evaluate.baseline]
     models += ["the guide"] * bool(evaluate.guide and config.guide and config.guide.model)
-    return f"{_number(len(evaluate.tasks), 'MTEB task')} on {', '.join(models)}"
-
-
-def _number(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
+    return f"{plural(len(evaluate.tasks), 'MTEB task')} on {', '.join(models)}"

@@ -16,6 +16,7 @@ from gist_dist.data.sampler import Epoch, Sampler
 from gist_dist.encoder import Encoder, Guide, Student
 from gist_dist.gradcache import ActivationBudget
 from gist_dist.guide_cache import open_guide_cache
+from gist_dist.words import plural
 
 SAMPLED_BATCHES = 8
 SHOWN_SOURCES, SHOWN_REASONS = 30, 10
@@ -90,7 +91,7 @@ class Preview:
         }
         config = self.config
         title = f"{config.name}: {self.num_steps:,} steps of {config.batch.global_size:,} rows"
-        workers = f"{_number(config.cluster.max_workers, 'worker')}, to {config.run_dir}"
+        workers = f"{plural(config.cluster.max_workers, 'worker')}, to {config.run_dir}"
         body = [line for heading, lines in sections.items() for line in ("", heading, *(f"  {line}" for line in lines))]
         return [f"{title} on {workers}", *body]
 
@@ -153,7 +154,7 @@ class Preview:
             if read["dropped"]
         ]
         repeats = [
-            f"{source['name']}: {_number(source['duplicates_admitted'], 'text')} an epoch must repeat within a batch: "
+            f"{source['name']}: {plural(source['duplicates_admitted'], 'text')} an epoch must repeat within a batch: "
             + source["why_duplicates"]
             for source in sorted(self.sources, key=lambda source: -source["duplicates_admitted"])
             if source["duplicates_admitted"]
@@ -232,7 +233,7 @@ class Preview:
         padding = 1 - sum(p.num_tokens for p in plans) / sum(p.padded_tokens for p in plans)
         busiest = max(max(load) for load in loads)
         return [
-            f"of {_number(len(plans), 'batch', 'batches')} spread over the first epoch:",
+            f"of {plural(len(plans), 'batch', 'batches')} spread over the first epoch:",
             *_pairs(
                 ("texts", f"{_span(len(plan.texts) for plan in plans)} distinct a batch"),
                 ("tokens", f"{_span(plan.num_tokens for plan in plans)} a batch, and {padding:.1%} padding"),
@@ -420,10 +421,6 @@ def _span(values: Iterable[float | int]) -> str:
     rounded = [round(value) for value in values]
     low, high = min(rounded), max(rounded)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _number(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _size(num_bytes: float | int) -> str:

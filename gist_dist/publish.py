@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist.config import HubConfig, RunConfig
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.files import write_atomically
 from gist_dist.redact import redact_text
 
@@ -38,7 +38,7 @@ def push_model(config: RunConfig, run_dir: Path) -> str | None:
     try:
         commit = _push(hub, model)
     except Exception as error:  # of the network, the Hub, its client or the recipe: the run has its result either way
-        reason = redact_text(" ".join(str(error).split())[:300] or type(error).__name__)
+        reason = redact_text(in_one_line(error) or type(error).__name__)
         by_hand = f"hf upload {hub.repo_id} {model} ." + " --private" * hub.private
         logger.warning("the model was not pushed to %s (%s); to push it by hand: %s", hub.repo_id, reason, by_hand)
         return None

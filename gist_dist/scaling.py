@@ -113,11 +113,6 @@ class Workload:
     def guide_width(self) -> int:
         return self.guide.width if self.guide else 0
 
-    def scaled_to(self, rows: Number) -> "Workload":
-        """The same data in a batch of another size."""
-        sizes = ("texts", "negatives", "student_tokens", "guide_tokens")
-        return replace(self, rows=rows, **{size: getattr(self, size) * rows / self.rows for size in sizes})
-
 
 @dataclass(frozen=True)
 class Estimate:

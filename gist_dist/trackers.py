@@ -9,14 +9,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol
 
-from gist_dist.config import RunConfig
-from gist_dist.errors import UserError
+from gist_dist.config import RunConfig, flat
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.files import write_atomically
 from gist_dist.redact import redact, redact_text
 
@@ -101,8 +101,8 @@ class MLflow:
         experiment_id = experiment.experiment_id if experiment else None
         experiment_id = experiment_id or self.client.create_experiment(name)
         run_id = self.client.create_run(experiment_id, run_name=config.name).info.run_id
-        recipe = flat(redact(config.model_dump(mode="json")))
-        parameters = [Param(key.replace("/", "."), str(value)[:PARAMETER_LENGTH]) for key, value in recipe]
+        recipe = dict(flat(redact(config.model_dump(mode="json"))))
+        parameters = [Param(k.replace("/", "."), str(v)[:PARAMETER_LENGTH]) for k, v in recipe.items() if v != {}]
         for first in range(0, len(parameters), 100):  # so many a request
             self.client.log_batch(run_id, params=parameters[first : first + 100])
         return run_id
@@ -117,19 +117,18 @@ class MLflow:
         self.client.set_terminated(self.run_id)
 
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-"""Field of the section tracking -> the package that it needs."""
 TRACKERS: dict[str, Callable[[RunConfig, int], Tracker]] = {
     "tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow,
 }  # fmt: skip
+"""Field of the section tracking, which is also the name of the package that it needs -> what opens it."""
 
 
 def check_trackers(config: RunConfig) -> None:
     """UserError for a tracker whose package is missing."""
     for name in _wanted(config):
-        if find_spec(PACKAGES[name]) is None:
+        if find_spec(name) is None:
             install = f"install it with `pip install 'gist-dist[{name}]'`"
-            raise UserError(f"tracking.{name}: the package {PACKAGES[name]} is missing; {install}, or leave it out")
+            raise UserError(f"tracking.{name}: the package {name} is missing; {install}, or leave it out")
 
 
 class Trackers:
@@ -173,15 +172,6 @@ def track_scores(config: RunConfig, scores: dict[str, dict[str, float]]) -> None
         trackers.close()
 
 
-def flat(tree: Any, separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts, with their path as the name."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from flat(value, separator, f"{prefix}{separator}{key}" if prefix else str(key))
-    else:
-        yield prefix, tree
-
-
 def _wanted(config: RunConfig) -> list[str]:
     return [name for name in TRACKERS if getattr(config.tracking, name)]
 
@@ -196,12 +186,13 @@ def _id_of(run_dir: Path, name: str, create: Callable[[], str]) -> str:
     try:
         ids = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        ids = {}
-    if not isinstance(ids, dict) or not isinstance(ids.get(name), str):
-        ids = {**(ids if isinstance(ids, dict) else {}), name: create()}
+        ids = None
+    ids = ids if isinstance(ids, dict) else {}
+    if not isinstance(ids.get(name), str):
+        ids[name] = create()
         write_atomically(file, lambda aside: aside.write_text(json.dumps(ids, indent=1), encoding="utf-8"))
     return ids[name]
 
 
 def _sentence(error: Exception) -> str:
-    return " ".join(redact_text(str(error)).split())[:300] or type(error).__name__
+    return in_one_line(redact_text(str(error))) or type(error).__name__

@@ -31,6 +31,14 @@ def minilm_l2(minilm) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fuzz_models(tmp_path_factory):
+    """The tiny models that hostile input is tried on; their folder is what fuzz.run_case needs."""
+    import fuzz
+
+    return fuzz.models(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     folder = SHARED / "data"
     if not folder.is_dir():

@@ -34,23 +34,13 @@ MENDED = ("guide_caches", "checkpoints", "reports")
 MINIMAL = "name: run\nstudent: {model: m}\ndata: {sources: [{path: a}]}\n"
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("shared")
-
-
-@pytest.fixture(scope="module")
-def models(shared) -> fuzz.Models:
-    return fuzz.models(shared)
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("target", CASES)
-def test_hostile_input_works_or_is_refused_in_a_sentence(target, tmp_path, shared, models):
+def test_hostile_input_works_or_is_refused_in_a_sentence(target, tmp_path, fuzz_models):
     assert set(CASES) == set(fuzz.TARGETS)
     outcomes = {"worked": 0, "refused": 0}
     for seed in range(CASES[target]):
-        outcome = fuzz.run_case(target, seed, tmp_path / str(seed), shared)
+        outcome = fuzz.run_case(target, seed, tmp_path / str(seed), fuzz_models.student.parent)
         outcomes["refused" if outcome.startswith("refused") else "worked"] += 1
         shutil.rmtree(tmp_path / str(seed))
     assert outcomes["worked"], "nothing but refusals tests little"
@@ -175,10 +165,10 @@ def test_the_package_unpickles_and_evaluates_nothing():
 
 
 @pytest.mark.parametrize("attack", ["weights", "auto_map", "module", "tokenizer"])
-def test_a_model_runs_no_code_unless_the_recipe_says_so(tmp_path, models, attack, monkeypatch):
+def test_a_model_runs_no_code_unless_the_recipe_says_so(tmp_path, fuzz_models, attack, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, mark = tmp_path / "model", tmp_path / "EXECUTED"
-    shutil.copytree(models.student, folder)
+    shutil.copytree(fuzz_models.student, folder)
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Evil: pass\n")
     if attack == "weights":
         (folder / "model.safetensors").unlink()

@@ -30,16 +30,6 @@ from gist_dist.files import sealed, unsealed
 ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("shared")
-
-
-@pytest.fixture(scope="module")
-def models(shared) -> fuzz.Models:
-    return fuzz.models(shared)
-
-
 def source(path, **values) -> Source:
     return Source(SourceConfig(path=str(path), **values), 0, None)
 
@@ -211,13 +201,13 @@ def test_a_glob_with_a_range_that_is_none(tmp_path):
 VALUES = ["../../escaped", "/escaped", "a\nb", "<img src=x onerror=alert(1)>", "\x1b[2J", ".", "CON", "a" * 200, "é"]
 
 
-def test_values_of_a_column_name_sources_and_nothing_on_disk(tmp_path, models, capsys):
+def test_values_of_a_column_name_sources_and_nothing_on_disk(tmp_path, fuzz_models, capsys):
     rows = [row | {"task": value} for row in ROWS for value in VALUES]
     path = tiny.write_jsonl(
         tmp_path / "data.jsonl", [*rows, *(ROWS[0] | {"task": bad} for bad in ("x" * 201, "\ud800"))]
     )
     place = tmp_path / "a" / "b"
-    tree = tiny.recipe(place / "out", models.student, None, path, batch={"global_size": 4})
+    tree = tiny.recipe(place / "out", fuzz_models.student, None, path, batch={"global_size": 4})
     tree["data"]["sources"][0]["split_by"] = "task"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree))
@@ -235,17 +225,17 @@ def test_values_of_a_column_name_sources_and_nothing_on_disk(tmp_path, models, c
     assert {path.name for path in place.rglob("*") if path.is_file()} == {MANIFEST, *corpus.manifest["files"]}
 
 
-def test_a_column_that_tells_rows_apart_makes_no_sources(tmp_path, models, monkeypatch):
+def test_a_column_that_tells_rows_apart_makes_no_sources(tmp_path, fuzz_models, monkeypatch):
     monkeypatch.setattr(merge, "MAX_SOURCES", 5)
     path = tiny.write_jsonl(tmp_path / "x.jsonl", [row | {"task": str(i)} for i, row in enumerate(ROWS)])
-    tree = tiny.recipe(tmp_path / "out", models.student, None, path, batch={"global_size": 4})
+    tree = tiny.recipe(tmp_path / "out", fuzz_models.student, None, path, batch={"global_size": 4})
     tree["data"]["sources"][0]["split_by"] = "task"
     with pytest.raises(UserError, match=r"data.sources\[0\].split_by = task: the column has 8 values, and at most 5"):
         tiny.prepared(tree)
 
 
-def test_every_flipped_byte_of_a_corpus_is_found(tmp_path, models):
-    config = parse_config(fuzz.good_recipe(tmp_path, models.student.parent))
+def test_every_flipped_byte_of_a_corpus_is_found(tmp_path, fuzz_models):
+    config = parse_config(fuzz.good_recipe(tmp_path, fuzz_models.student.parent))
     student, guide = Student(config.student), Guide(config.guide)
     corpus = prepare(config, student, guide, progress=lambda line: None)
     rng = random.Random(0)

@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "gist_dist"
 
 LAYERS = {
-    "config": 0, "errors": 0, "files": 0, "hub": 0, "plain_yaml": 0, "redact": 0, "storage": 0,
-    "watchdog": 0,
+    "config": 0, "errors": 0, "files": 0, "hub": 0, "plain_json": 0, "plain_yaml": 0, "redact": 0, "storage": 0,
+    "watchdog": 0, "words": 0,
     "data": 1, "loss": 1, "loss_kernel": 1, "gradcache": 1, "collectives": 1, "encoder": 1, "optim": 1, "checkpoint": 1,
     "cpu_dropout": 1, "cpu_memory": 0, "guide_cache": 1, "mining": 1, "drop_in": 2, "step": 2,
     "metrics": 3, "guidance": 3, "masked_examples": 3, "observers": 3, "trackers": 3, "non_finite": 3, "pace": 3,

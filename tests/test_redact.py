@@ -4,9 +4,7 @@ import logging
 import pickle
 import sys
 import time
-from pathlib import Path
 
-import fuzz
 import pytest
 import tiny
 import yaml
@@ -19,16 +17,6 @@ from gist_dist.run_folder import RunFolder
 
 ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]
 SECRETS = ("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG", "hunter2hunter2", "hf_" + "a" * 34)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("shared")
-
-
-@pytest.fixture(scope="module")
-def models(shared) -> fuzz.Models:
-    return fuzz.models(shared)
 
 
 @pytest.mark.parametrize(
@@ -107,13 +95,13 @@ def test_logs_hold_no_secrets(caplog):
     assert "hunter2" not in Redacting("%(message)s").format(record)
 
 
-def test_nothing_that_a_run_keeps_or_says_holds_a_secret(tmp_path, models, capfd, monkeypatch):
+def test_nothing_that_a_run_keeps_or_says_holds_a_secret(tmp_path, fuzz_models, capfd, monkeypatch):
     """Credentials in addresses, as S3 takes them, and in the variables of the workers."""
     key, secret, password, token = SECRETS
     path = tiny.write_jsonl(tmp_path / "pairs.jsonl", [*ROWS, {"anchor": ""}])
     address = f"file://{path}?access_key={key}&secret_key={secret}"
     tree = tiny.recipe(
-        tmp_path / "out", models.student, models.guide, batch={"global_size": 4}, guide={"mode": "cache"}
+        tmp_path / "out", fuzz_models.student, fuzz_models.guide, batch={"global_size": 4}, guide={"mode": "cache"}
     )
     tree["data"] = {"sources": [{"path": address}], "cache_dir": f"file://{tmp_path}/corpora?secret_key={secret}"}
     tree["cluster"] = {

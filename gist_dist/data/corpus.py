@@ -33,6 +33,7 @@ from gist_dist.errors import UserError
 from gist_dist.files import sealed, unsealed
 from gist_dist.redact import redact
 from gist_dist.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store, sha256
+from gist_dist.words import PROGRESS_SECONDS
 
 if TYPE_CHECKING:
     from gist_dist.encoder import Encoder
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 3
 KEY = re.compile(r"[0-9a-f]{20}")
 MERGED = re.compile(r"(part|index|rows)-")
-PROGRESS_SECONDS = 5
 CONTENT = ("anchors", "positives", "negatives", "negative_offsets", "source", "identity", "guide_keys")
 """The arrays that batches are a function of."""
 Runner = Callable[[Job, Callable[[int, int], None]], Iterable[tuple[int, Commit | None]]]

@@ -19,7 +19,7 @@ import pyarrow.parquet
 
 from gist_dist.config import SourceConfig
 from gist_dist.data.batches import BATCH_ROWS, batches_of, rows_at_a_time, slices
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.hub import go_offline_if_unreachable
 
 FORMATS = {
@@ -353,7 +353,7 @@ def reading(what: str, filesystem: pa.fs.FileSystem | None = None) -> Iterator[N
     except errors as error:
         if "invalid utf8" in str(error).lower():
             raise UserError(f"{what} is not UTF-8 text; convert it") from error
-        raise UserError(f"{what} can't be read: {reason(error)}") from error
+        raise UserError(f"{what} can't be read: {in_one_line(error)}") from error
 
 
 def _load_hub(config: SourceConfig, where: str) -> Any:
@@ -371,14 +371,10 @@ def _load_hub(config: SourceConfig, where: str) -> Any:
         raise
     except Exception as error:
         is_away = offline and not isinstance(error, ValueError)  # those speak of the cached copy
-        why = "the Hub is out of reach and its cache hasn't it" if is_away else reason(error)
+        why = "the Hub is out of reach and its cache hasn't it" if is_away else in_one_line(error)
         raise UserError(
             f"{where}: '{config.path}' is no file here, and can't be had as a Hub dataset: {why}"
         ) from error
-
-
-def reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def suffix(name: str) -> str:

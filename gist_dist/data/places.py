@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.fs
 
 from gist_dist.config import SourceConfig
-from gist_dist.data.formats import FORMATS, SourceFile, reason, suffix
-from gist_dist.errors import UserError
+from gist_dist.data.formats import FORMATS, SourceFile, suffix
+from gist_dist.errors import UserError, in_one_line
 
 SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
@@ -106,14 +106,14 @@ def _open_filesystem(scheme: str, uri: str, options: str, where: str) -> tuple[p
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{where}: {uri} can't be opened: {reason(error)}") from None
+        raise UserError(f"{where}: {uri} can't be opened: {in_one_line(error)}") from None
     except Exception as error:  # whatever the libraries below fsspec raise
         raise _unreachable(uri, error, where) from error
 
 
 def _unreachable(path: str, error: Exception, where: str) -> UserError:
     advice = "check the address, the network and your credentials" if "://" in path else "check its permissions"
-    return UserError(f"{where}: {path} can't be reached: {reason(error)}; {advice}")
+    return UserError(f"{where}: {path} can't be reached: {in_one_line(error)}; {advice}")
 
 
 def _file_info(filesystem: pa.fs.FileSystem, what: Any, config: SourceConfig, where: str) -> Any:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from gist_dist.config import ClusterConfig
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.interrupts import handled
 from gist_dist.on_ray import local_ray
 
@@ -75,7 +75,7 @@ def _remote(address: str, config: ClusterConfig) -> Iterator[dict[str, float]]:
                 address=address, runtime_env=_runtime_env(config), log_to_driver=False, logging_level=logging.WARNING
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UserError(f"cluster.address = {address}: no Ray cluster answers there: {reason}") from error
     try:
         yield ray.cluster_resources()

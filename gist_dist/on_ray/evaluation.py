@@ -37,9 +37,9 @@ from gist_dist.evaluation_sets import one_line
 from gist_dist.evaluation_tasks import check_tasks, estimated_characters
 from gist_dist.files import write_atomically
 from gist_dist.mteb_results import Named, export_results
-from gist_dist.observers import SHOW_SECONDS, clock
 from gist_dist.on_ray.cluster import connected, gpus_per_worker
 from gist_dist.redact import redact_text
+from gist_dist.words import PROGRESS_SECONDS, clock, plural
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +137,7 @@ def _evaluate_all(
     if done:
         logger.info("%d of %d evaluations were done before", done, total)
     if unfinished:
-        tasks = len({job.task for job in unfinished})
-        logger.info("evaluating %s on %d task%s", ", ".join(models), tasks, "s" * (tasks > 1))
+        logger.info("evaluating %s on %s", ", ".join(models), plural(len({job.task for job in unfinished}), "task"))
     progress = _Progress(unfinished, evaluate)
 
     failures: dict[str, dict[str, str]] = {}
@@ -174,7 +173,7 @@ class _Progress:
     def after(self, job: Job) -> str | None:
         del self.waiting[job]
         left, now = sum(self.waiting.values()), time.monotonic()
-        if not left or self.all - left < self.all / 10 or now - self.told < SHOW_SECONDS:
+        if not left or self.all - left < self.all / 10 or now - self.told < PROGRESS_SECONDS:
             return None
         self.told = now
         return clock((now - self.started) / (self.all - left) * left)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def start(folder: Path, runtime_env: dict[str, Any]) -> None:
         except Exception as error:
             _end_processes(error)
             ray.shutdown()
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = in_one_line(error) or type(error).__name__
             if is_last or isinstance(
                 error, ValueError | TypeError
             ):  # those are of a runtime_env, or of too little room

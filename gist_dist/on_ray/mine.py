@@ -29,7 +29,7 @@ from ray.exceptions import RayError, RayTaskError
 from gist_dist.config import Columns, GuideConfig, RunConfig, SourceConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.encoder import Guide, Student
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.files import write_atomically
 from gist_dist.guide_cache import GuideCache, guide_fingerprint
 from gist_dist.mining import REASONS, Mined, MineOptions, Search, mine_block, plan_corpus_search
@@ -37,11 +37,11 @@ from gist_dist.on_ray.cluster import check_resources, connected, gpus_per_worker
 from gist_dist.on_ray.precompute import precompute
 from gist_dist.on_ray.prepare import prepare_on_ray
 from gist_dist.redact import redact
+from gist_dist.words import PROGRESS_SECONDS
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-PROGRESS_SECONDS = 5
 ROWS_PER_GROUP = 2**13
 SHORT_OF = {reason: f"because of {reason}" for reason in REASONS} | {"rank": "because no more are near enough in rank"}
 
@@ -235,16 +235,12 @@ def _result(reference: ray.ObjectRef[Any]) -> Mined:
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from error
-        raise UserError(f"mining failed with {type(error.cause).__name__}: {_one_line(error.cause)}") from error
+        raise UserError(f"mining failed with {type(error.cause).__name__}: {in_one_line(error.cause)}") from error
     except RayError as error:
         raise UserError(
-            f"mining: a worker was lost for good: {_one_line(error)}; what is done is kept: run again, with a smaller "
-            "batch.loss_gb if memory ran out"
+            f"mining: a worker was lost for good: {in_one_line(error)}; what is done is kept: run again, with a "
+            "smaller batch.loss_gb if memory ran out"
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def _save(file: Path, mined: Mined) -> None:

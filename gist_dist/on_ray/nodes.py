@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gist_dist.config import RunConfig, parse_config
 from gist_dist.doctor import MIN_FREE_GB, MIN_MEMORY_GB, MIN_SHM_GB, Finding, describe_node
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.storage import join, open_store
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Node:
         try:
             LOADS[what](config)
         except Exception as error:  # whatever libraries raise about models and data
-            return " ".join(str(error).split())[:300] or type(error).__name__
+            return in_one_line(error) or type(error).__name__
         return None
 
 

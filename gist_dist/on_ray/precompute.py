@@ -23,9 +23,8 @@ from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.data.corpus import Corpus, open_corpus
 from gist_dist.data.tokens import Tokens, token_keys
 from gist_dist.encoder import Guide
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.guide_cache import (
-    PROGRESS_SECONDS,
     Filled,
     Keys,
     Progress,
@@ -39,6 +38,7 @@ from gist_dist.guide_cache import (
 )
 from gist_dist.on_ray.cluster import address_of, check_resources, connected, gpus_per_worker
 from gist_dist.storage import join, open_store
+from gist_dist.words import PROGRESS_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -173,10 +173,10 @@ def _run_pool(
                     if num_lost > max_failures:
                         raise UserError(
                             f"guide cache: {num_lost} actors were lost (cluster.max_failures = {max_failures}), the "
-                            f"last with: {_one_line(error)}; run again for what is left, with a smaller "
+                            f"last with: {in_one_line(error)}; run again for what is left, with a smaller "
                             "batch.chunk_tokens if memory ran out"
                         ) from error
-                    logger.warning("guide cache: an actor was lost and is replaced: %s", _one_line(error))
+                    logger.warning("guide cache: an actor was lost and is replaced: %s", in_one_line(error))
                     if shard is not None:
                         waiting.appendleft(shard)
                     actors.append(start())
@@ -195,11 +195,7 @@ def _run_pool(
 def _as_user_error(error: RayTaskError) -> UserError:
     if isinstance(error.cause, UserError):
         return error.cause
-    return UserError(f"guide cache: encoding failed with {type(error.cause).__name__}: {_one_line(error.cause)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return UserError(f"guide cache: encoding failed with {type(error.cause).__name__}: {in_one_line(error.cause)}")
 
 
 class _Actor:

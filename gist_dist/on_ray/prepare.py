@@ -9,7 +9,7 @@ from gist_dist.config import ClusterConfig, RunConfig
 from gist_dist.data.corpus import Corpus, prepare, run_in_process
 from gist_dist.data.formats import HubRows
 from gist_dist.data.shards import Commit, Job
-from gist_dist.errors import UserError
+from gist_dist.errors import UserError, in_one_line
 from gist_dist.on_ray.cluster import connected
 
 if TYPE_CHECKING:  # tasks import this module, and need no torch
@@ -74,7 +74,7 @@ def run_in_tasks(job: Job, tick: Callable[[int, int], None], max_in_flight: int)
                 except ray.exceptions.RayError as error:  # its process, its node or what it yielded is lost
                     del running[stream]
                     losses[number] += 1
-                    reason = " ".join(str(error).split())[:200]
+                    reason = in_one_line(error, 200)
                     if losses[number] > MAX_LOSSES:
                         raise UserError(
                             f"part {number} of the data was lost {losses[number]} times while it was prepared, at last "

@@ -18,7 +18,7 @@ from gist_dist.report.run import Run, TaskRow, jsonable, read_run
 from gist_dist.report.training import summarize_training
 from gist_dist.report.verdict import judge
 from gist_dist.report.warnings import find_warnings
-from gist_dist.report.words import duration, percent, plain, plural, text_table
+from gist_dist.words import duration, percent, plain, plural, text_table
 
 __all__ = ["Run", "Summary", "TaskRow", "build_report", "judge", "read_run", "summarize"]
 

@@ -18,7 +18,7 @@ from gist_dist.report.run import Run, difference, jsonable, read_run
 from gist_dist.report.training import summarize_training
 from gist_dist.report.verdict import judge, mean_of_points
 from gist_dist.report.warnings import find_warnings
-from gist_dist.report.words import plain, plural, signed, text_table
+from gist_dist.words import plain, plural, signed, text_table
 
 MAX_RUNS = len(LINES) - 1  # as many as there are colours
 MAX_SETTINGS = 20  # that the terminal shows

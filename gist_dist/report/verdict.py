@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from gist_dist.report.run import TaskRow, difference
-from gist_dist.report.words import plural, signed
+from gist_dist.words import plural, signed
 
 SIDES = ("before", "after", "guide")
 

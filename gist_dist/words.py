@@ -1,6 +1,9 @@
-"""Numbers as people read them: on the page, in warnings and on the terminal."""
+"""Numbers as people read them: on the page, in warnings, in the log and on the terminal."""
 
 from typing import Any
+
+PROGRESS_SECONDS = 5
+"""Between two lines of the log that say how far something is."""
 
 
 def signed(change: int | float) -> str:
@@ -11,8 +14,8 @@ def percent(fraction: int | float) -> str:
     return f"{100 * fraction:.0f} %" if fraction >= 0.1 else f"{100 * fraction:.2g} %"
 
 
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
 
 
 def listed(items: list[Any], limit: int = 5) -> str:
@@ -31,6 +34,13 @@ def duration(seconds: int | float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def clock(seconds: int | float) -> str:
+    """1:05, or 2:01:05 from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def gigabytes(num_bytes: int | float) -> str:
