@@ -87,6 +87,7 @@ def test_both_sides_are_given_the_same_tokens_and_find_the_same_loss(setting):
     assert theirs.num_tokens(16) == ours.plan(16).num_tokens < theirs.padded_tokens(16)
 
 
+@pytest.mark.slow
 def test_steps_are_measured(setting, flags):
     flags.sizes, flags.their_largest, flags.activation_gb = [8, 16], 8, [0.0, 1.0]
     small, large = step.measure(harness.World(), setting, "short", 8, flags)
@@ -112,6 +113,7 @@ def test_plain_training_is_the_same_loss(setting):
     assert ceiling.plain_step(ours, 16) == pytest.approx(ours.step(16).loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_workers_share_a_step(setting, flags, tmp_path):
     flags.rows = [16]
     by_rank = run_group(workers.measure, 2, tmp_path, setting, flags)
@@ -133,6 +135,7 @@ def test_batch_scaling_measures_a_size_and_names_its_runs(flags, setting):
     assert not batch_scaling.is_finished(configs[0].run_dir)
 
 
+@pytest.mark.slow
 def test_gpu_script_runs_at_toy_sizes(flags):
     flags.sizes, flags.kernel_sizes, flags.largest, flags.mini_batch_sizes = [8, 16], [16], 32, [4, 8]
     flags.minutes, flags.chunk_tokens, flags.smoke = 30.0, 512, True  # a case that would end later is left out

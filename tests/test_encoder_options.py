@@ -104,6 +104,7 @@ def traced_only(monkeypatch):
     counters.clear()
 
 
+@pytest.mark.slow
 def test_compiled_student_and_guide_give_the_same_without_compiling_for_every_length(one_layer, traced_only, tmp_path):
     compiled = student_of(one_layer, compile=True)
     expected = Outcome(plain_student_of(one_layer), False)

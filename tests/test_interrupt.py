@@ -84,6 +84,7 @@ def send_when(reached, *numbers: int) -> threading.Thread:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_stopped_run_goes_on_and_ends_as_an_undisturbed_one(ray_session, tmp_path, capsys):
     """Stopped by Ctrl-C, it goes on with the same command; the undisturbed one is without Ray."""
     tree = write_recipe(tmp_path, "stopped", cluster={"num_workers": 1})

@@ -117,6 +117,7 @@ def test_without_a_terminal_nothing_is_changed(capsys):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_whole_run_in_a_terminal(tmp_path):
     import random
 

@@ -123,6 +123,7 @@ def on_two_nodes(side_by_side, site) -> dict[str, Any]:
     return tree
 
 
+@pytest.mark.slow
 def test_two_nodes_train_and_evaluate_as_one_process(side_by_side, on_two_nodes, alone):
     nodes, desk = side_by_side.nodes, side_by_side.desk
     assert_same_results(on_two_nodes, alone)

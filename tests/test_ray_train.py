@@ -158,6 +158,7 @@ def test_killed_run_ends_with_the_undisturbed_model(runs, tmp_path, rows, minilm
         assert line["loss"] == pytest.approx(expected["loss"], rel=2e-6)
 
 
+@pytest.mark.slow
 def test_cached_guide_gives_the_online_run(runs, tmp_path, rows, minilm, minilm_l2):
     """Filled before training; the worker loads no guide."""
     guide = {"model": str(minilm), "max_tokens": 32, "mode": "cache"}
@@ -193,6 +194,7 @@ def test_user_error_in_a_worker_is_one_sentence_and_is_not_retried(ray_session, 
         train_and_evaluate(config)
 
 
+@pytest.mark.slow
 def test_a_local_ray_leaves_another_one_alone(ray_session):
     """A second driver on this machine starts its own Ray, runs a task on it and stops it, and ours lives on."""
     nodes = ray.nodes()
