@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -135,6 +136,37 @@ def test_a_disk_that_refuses_is_named(ray_session, recipe, tmp_path):
 
     with pytest.raises(UserError, match=r"corpora: the prepared corpus can't be written there: .*No space left"):
         prepared_on_ray(recipe, changed=without_disk)
+
+
+@pytest.mark.ray
+def test_processes_of_parts_that_are_given_up_do_no_more(ray_session, recipe, tmp_path):
+    """One that was interrupted may hold the import system's lock, and the next task there would wait for ever."""
+    import psutil  # comes with Ray
+
+    marker = tmp_path / "process"
+
+    def endless(job):
+        tokens_of = job.student.tokens_of
+
+        def tokenize(texts):
+            if "amber 45" in texts and "amber 79" in texts:
+                marker.with_suffix(".new").write_text(str(os.getpid()))
+                marker.with_suffix(".new").rename(marker)
+                time.sleep(600)
+            while "amber 99" in texts and not marker.exists():
+                time.sleep(0.1)
+            if "amber 99" in texts:
+                raise OSError(28, "No space left on device")
+            return tokens_of(texts)
+
+        return replace(job, student=replace(job.student, tokens_of=tokenize))
+
+    with pytest.raises(UserError, match="No space left"):
+        prepared_on_ray(recipe, changed=endless)
+    deadline = time.monotonic() + 30
+    while psutil.pid_exists(int(marker.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(int(marker.read_text()))
 
 
 @pytest.mark.ray

@@ -196,7 +196,7 @@ def _search(
                 logger.info("searched for %d of %d blocks of anchors, %.0f s left", done, len(blocks), left)
     finally:
         for reference in running:
-            ray.cancel(reference)
+            ray.cancel(reference, force=True)  # as in prepare
     for file in blocks:
         with np.load(file) as fields:
             yield Mined(**fields)

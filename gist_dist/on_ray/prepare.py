@@ -91,7 +91,7 @@ def run_in_tasks(job: Job, tick: Callable[[int, int], None], max_in_flight: int)
                     yield number, told
     finally:
         for stream in running:
-            ray.cancel(stream)
+            ray.cancel(stream, force=True)  # a process that is only interrupted may hold locks when its next task comes
 
 
 def _run_part(shared: list[Any], number: int) -> Iterator[int | Commit | UserError | None]:
