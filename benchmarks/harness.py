@@ -38,7 +38,7 @@ SHARED = ROOT.parent / "shared" / "data"
 """The developers' data pack: training rows and offline MTEB tasks."""
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS = (
-    "loss_stage", "step_short", "step_mixed", "step_long", "guide", "ceiling", "workers", "uneven",
+    "loss_stage", "step_short", "step_mixed", "step_long", "guide", "guide_larger", "ceiling", "workers", "uneven",
     "gather_precision", "batch_scaling", "batch_quality", "gpu",
 )  # fmt: skip
 """In the order of results/README.md; results of other names come after them."""

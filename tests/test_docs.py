@@ -136,8 +136,11 @@ def test_commands_are_found_and_each_is_run_somewhere():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
+    return furnished(tmp_path_factory.mktemp("reader"))
+
+
+def furnished(folder: Path) -> Path:
     """A reader's folder: pairs.csv, my.yaml with the README's and the first recipe's fields, an evaluation set."""
-    folder = tmp_path_factory.mktemp("reader")
     rng = random.Random(3)
     pairs = [(words(rng, 2, 6), words(rng, 3, 9)) for _ in range(700)]
     (folder / "pairs.csv").write_text("question,answer\n" + "".join(f"{a},{b}\n" for a, b in pairs))
@@ -228,8 +231,9 @@ def test_python_on_the_pages_imports_what_there_is():
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_local_commands_do_what_the_pages_say(ray_session, place, monkeypatch, capsys):
+def test_local_commands_do_what_the_pages_say(ray_session, tmp_path, monkeypatch, capsys):
     """In the order of first-recipe.md, then the other pages'."""
+    place = furnished(tmp_path)
     monkeypatch.chdir(place)
     for command in sorted(LOCAL, key=lambda c: c.page != "first-recipe.md"):
         if "--values mine.yaml" in command.text:
@@ -242,8 +246,9 @@ def test_local_commands_do_what_the_pages_say(ray_session, place, monkeypatch, c
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_commands_for_a_cluster_end_as_the_pages_say(place, monkeypatch):
+def test_commands_for_a_cluster_end_as_the_pages_say(tmp_path):
     """docs/submit.md's session first, in its order, against a real head; then the other pages' commands."""
+    place = furnished(tmp_path)
     shorter = yaml.safe_load((place / "my.yaml").read_text())
     shorter["optim"] = {"steps": 30}
     shorter["data"]["sources"][0]["path"] = "pairs.csv"
