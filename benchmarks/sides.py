@@ -402,7 +402,7 @@ class Theirs:
         grad_norm = clip_gradients([p for p in self.model.parameters() if p.requires_grad], self.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item(), grad_norm
+        return loss.item(), float(grad_norm)
 
     def num_tokens(self, n: int) -> int:
         """Of this process's share, without padding."""

@@ -20,6 +20,7 @@ from harness import (
     gigabytes,
     interleave,
     model_flags,
+    number,
     parser,
     publish,
     ratio,
@@ -51,7 +52,9 @@ def step_on(data: str, arguments: argparse.Namespace) -> None:
     check = losses_agree(setting, min(arguments.sizes))
     by_size = their_mini_batches(setting, min(arguments.sizes), arguments.mini_batch_sizes)
     notes = {"rows": origin, "agreement": check, "their_seconds_by_mini_batch_size": by_size}
-    say(f"{data}: {notes}")
+    mine, others = (", ".join(map(number, check[side])) for side in ("ours", "theirs"))
+    say(f"{origin}; loss and gradient norm of {check['rows']} rows: ours {mine}, theirs {others}")
+    say(", ".join(f"theirs in mini-batches of {size}: {number(seconds)} s" for size, seconds in by_size.items()))
     best = min(by_size, key=by_size.get)
     results = []
     for processes in arguments.processes:
