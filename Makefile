@@ -14,7 +14,7 @@ help:
 	@echo "make test-slow    run the tests that take minutes"
 	@echo "make chaos        inject faults into real runs and rewrite the table of docs/reliability.md"
 	@echo "make fuzz         hostile input for 10 minutes (ARGS='--seconds 3600' for an hour, '--target sources --seed 7' for one case)"
-	@echo "make bench        short versions of all benchmarks, about 15 minutes (ARGS=step for one)"
+	@echo "make bench        short versions of all benchmarks, about 20 minutes (ARGS=step for one)"
 	@echo "make lint         ruff check, ruff format --check and mypy"
 	@echo "make setup        only make the environment in $(VENV)"
 	@echo "make clean        remove caches, builds and quickstart/ ($(VENV) and runs/ stay)"

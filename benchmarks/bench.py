@@ -1,6 +1,6 @@
 """A short version of every benchmark, one after another: `make bench`.
 
-    python benchmarks/bench.py                      about 15 minutes on 2 cores; with a GPU, 8 more
+    python benchmarks/bench.py                      about 20 minutes on 2 cores; with a GPU, 8 more
     python benchmarks/bench.py step ceiling         some of them
 
 Results go to benchmarks/results/short (not in git), with a README.md of one line a claim; those of the long runs beside
