@@ -215,8 +215,9 @@ def test_training_is_not_repeated_because_an_evaluation_failed(ray_session, mode
     rows = [{"anchor": a, "positive": b} for a, b in itertools.product(SENTENCES, SENTENCES)]
     tree = train_recipe(tmp_path, model, None, write_jsonl(tmp_path / "rows.jsonl", rows), batch={"global_size": 12})
     write_set(tmp_path / "tasks" / "Fine")
-    tree |= {"optim": {"steps": 3}, "evaluate": {"tasks": ["Fine", "SICK-R"], "local_tasks": str(tmp_path / "tasks")}}
-    file, run = tmp_path / "recipe.yaml", tmp_path / "tiny"
+    tree |= {"name": "ours", "optim": {"steps": 3}}
+    tree |= {"evaluate": {"tasks": ["Fine", "SICK-R"], "local_tasks": str(tmp_path / "tasks")}}
+    file, run = tmp_path / "recipe.yaml", tmp_path / "ours"
     file.write_text(json.dumps(tree))
 
     def written() -> dict[str, int]:
@@ -228,7 +229,7 @@ def test_training_is_not_repeated_because_an_evaluation_failed(ray_session, mode
     assert "MTEB task SICK-R failed (trained): SICK-R: its data can't be had" in capsys.readouterr().out
     assert "The evaluation on SICK-R failed" in (run / "model" / "README.md").read_text()
     assert (run / "report.html").is_file()
-    assert len(list((run / "mteb" / "results" / "local__tiny").glob("*/Fine.json"))) == 1
+    assert len(list((run / "mteb" / "results" / "local__ours").glob("*/Fine.json"))) == 1
 
     before = written()
     assert main(["train", str(file)]) == 1 and written() == before
