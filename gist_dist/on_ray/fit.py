@@ -44,9 +44,8 @@ def fit(
     logs = [run_dir / "logs" / LOG_NAME, run_dir / "logs" / "controller.log"]
     bounds = f"{cluster.min_workers} to " * (cluster.min_workers < cluster.max_workers)
     logger.info("starting %s%d worker%s on Ray", bounds, cluster.max_workers, "s" * (cluster.max_workers > 1))
-    trainer = _trainer(config, payload, cpus, gpus)
     watch = ClusterWatch(cluster, cpus, gpus)
-    training = _Thread(trainer.fit)
+    training = _Thread(lambda: _trainer(config, payload, cpus, gpus).fit())  # the constructor asks the head as well
     try:
         with _following(logs), watch:
             training.start()
