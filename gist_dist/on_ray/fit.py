@@ -16,6 +16,7 @@ from gist_dist.on_ray.cluster import ClusterWatch, address_of, cpus_per_worker, 
 from gist_dist.on_ray.failures import classify, memory_remedy, memory_sentence, one_line
 from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, withdraw
 from gist_dist.on_ray.worker import LOG_NAME, train_worker
+from gist_dist.words import plural
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def fit(
     (run_dir / "logs").mkdir(exist_ok=True)
     logs = [run_dir / "logs" / LOG_NAME, run_dir / "logs" / "controller.log"]
     bounds = f"{cluster.min_workers} to " * (cluster.min_workers < cluster.max_workers)
-    logger.info("starting %s%d worker%s on Ray", bounds, cluster.max_workers, "s" * (cluster.max_workers > 1))
+    logger.info("starting %s%s on Ray", bounds, plural(cluster.max_workers, "worker"))
     watch = ClusterWatch(cluster, cpus, gpus)
     training = _Thread(lambda: _trainer(config, payload, cpus, gpus).fit())  # the constructor asks the head as well
     try:

@@ -91,7 +91,7 @@ def _load_tasks(config: RunConfig) -> None:
             try:
                 load_task(task, config.evaluate.local_tasks).load_data()
             except Exception as error:
-                raise UserError(f"{task}, without the Hub: {' '.join(str(error).split())[:200]}") from error
+                raise UserError(f"{task}, without the Hub: {in_one_line(error, 200)}") from error
 
 
 LOADS: dict[str, Callable[[RunConfig], None]] = {

@@ -13,6 +13,7 @@ from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, posted
 from gist_dist.on_ray.operator_metrics import OperatorMetrics
 from gist_dist.redact import Redacting
 from gist_dist.run_lock import other_holder
+from gist_dist.words import plural
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +109,7 @@ class Wants:
             return False
         seconds = f"in {left:.0f} s" if math.isfinite(left) else "soon"
         nodes = len(notice.preempted_node_ids)
-        logger.info("%d node%s will be taken away %s: writing a checkpoint", nodes, "s" * (nodes > 1), seconds)
+        logger.info("%s will be taken away %s: writing a checkpoint", plural(nodes, "node"), seconds)
         return True
 
 
