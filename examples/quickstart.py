@@ -24,7 +24,7 @@ from pathlib import Path
 
 from offline_models import built_aside, minilm, truncated
 
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 
 STUDENT_LAYERS = 2
 SOURCES = ("stdlib", "numpy", "scipy", "sklearn", "pandas", "torch", "transformers", "ray", "sympy")

@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gist_dist.common.errors import UserError
     from gist_dist.config import RunConfig, load_recipe, parse_config
     from gist_dist.drop_in import CachedGISTEmbedLoss
-    from gist_dist.errors import UserError
     from gist_dist.on_ray.driver import train_and_evaluate as train
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ __all__ = ["CachedGISTEmbedLoss", "RunConfig", "UserError", "load_recipe", "pars
 _HOMES = {
     "CachedGISTEmbedLoss": "gist_dist.drop_in:CachedGISTEmbedLoss",
     "RunConfig": "gist_dist.config:RunConfig",
-    "UserError": "gist_dist.errors:UserError",
+    "UserError": "gist_dist.common.errors:UserError",
     "load_recipe": "gist_dist.config:load_recipe",
     "parse_config": "gist_dist.config:parse_config",
     "train": "gist_dist.on_ray.driver:train_and_evaluate",

@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.storage import SCRATCH_PREFIX, join, open_store, sha256
 from gist_dist.config import RunConfig
-from gist_dist.errors import UserError, in_one_line
-from gist_dist.storage import SCRATCH_PREFIX, join, open_store, sha256
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist import __version__
+from gist_dist.common.errors import UserError
+from gist_dist.common.redact import Redacting, printable
+from gist_dist.common.signals import handled
 from gist_dist.config import EvaluateConfig, RunConfig, load_recipe, packaged_recipes, parse_section
-from gist_dist.errors import UserError
-from gist_dist.interrupts import handled
-from gist_dist.redact import Redacting, printable
 
 EXAMPLES = """examples:
   gist-dist train quickstart                         a packaged recipe

@@ -17,11 +17,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field, ValidationError
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.plain_yaml import load_plain
+from gist_dist.common.redact import printable
 from gist_dist.config import RunConfig, Section
-from gist_dist.errors import UserError
 from gist_dist.model_shape import model_shape
-from gist_dist.plain_yaml import load_plain
-from gist_dist.redact import printable
 from gist_dist.scaling import host_memory
 
 TARGETS = {

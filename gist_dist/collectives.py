@@ -13,7 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 
 T = TypeVar("T")
 ANSWER_SECONDS = 20

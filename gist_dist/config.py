@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from gist_dist.errors import UserError
-from gist_dist.plain_yaml import MAX_CHARACTERS, load_plain
-from gist_dist.redact import redact_address
+from gist_dist.common.errors import UserError
+from gist_dist.common.plain_yaml import MAX_CHARACTERS, load_plain
+from gist_dist.common.redact import redact_address
 
 ROLES = ("anchor", "positive", "negatives")
 

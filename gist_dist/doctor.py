@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gist_dist import __version__
-from gist_dist.errors import in_one_line
-from gist_dist.hub import go_offline_if_unreachable
+from gist_dist.common.errors import in_one_line
+from gist_dist.common.hub import go_offline_if_unreachable
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import SHORT
-from gist_dist.errors import UserError
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask

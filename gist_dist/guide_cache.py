@@ -29,13 +29,13 @@ import torch
 from jaxtyping import Float16, Int64, UInt64
 
 from gist_dist import __version__
+from gist_dist.common.errors import UserError
+from gist_dist.common.storage import Store, copies_folder, join, open_store, sha256
+from gist_dist.common.storage import local_copy as copy_to_node
+from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import RunConfig
 from gist_dist.data.plan import cut_chunks
 from gist_dist.encoder import Encoder, Guide
-from gist_dist.errors import UserError
-from gist_dist.storage import Store, copies_folder, join, open_store, sha256
-from gist_dist.storage import local_copy as copy_to_node
-from gist_dist.words import PROGRESS_SECONDS
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gist_dist.plain_json import step_line
-from gist_dist.redact import printable
-from gist_dist.words import clock, plural
+from gist_dist.common.redact import printable
+from gist_dist.common.text import clock, plural
+from gist_dist.common.untrusted import step_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float16, Float64, Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 
 if TYPE_CHECKING:
     from gist_dist.data.corpus import Corpus

@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
-from gist_dist.errors import UserError
 from gist_dist.evaluation import result_files
 from gist_dist.evaluation_sets import one_line
 from gist_dist.evaluation_tasks import import_mteb

@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.text import PROGRESS_SECONDS, clock
 from gist_dist.config import RunConfig
-from gist_dist.errors import UserError
 from gist_dist.metrics import MetricsFile
 from gist_dist.trackers import Trackers
-from gist_dist.words import PROGRESS_SECONDS, clock
 
 logger = logging.getLogger(__name__)
 

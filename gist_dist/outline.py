@@ -1,10 +1,10 @@
 """What a run is about to do, in a few lines: shown before it takes a GPU."""
 
+from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Encoder
-from gist_dist.words import plural
 
 
 def outline(config: RunConfig, student: Encoder, guide: Encoder | None, corpus: Corpus, sampler: Sampler) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.data.accounts import source_accounts
 from gist_dist.data.corpus import Corpus
@@ -16,7 +17,6 @@ from gist_dist.data.sampler import Epoch, Sampler
 from gist_dist.encoder import Encoder, Guide, Student
 from gist_dist.gradcache import ActivationBudget
 from gist_dist.guide_cache import open_guide_cache
-from gist_dist.words import plural
 
 SAMPLED_BATCHES = 8
 SHOWN_SOURCES, SHOWN_REASONS = 30, 10

@@ -5,10 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.files import write_atomically
+from gist_dist.common.redact import redact_text
 from gist_dist.config import HubConfig, RunConfig
-from gist_dist.errors import UserError, in_one_line
-from gist_dist.files import write_atomically
-from gist_dist.redact import redact_text
 
 logger = logging.getLogger(__name__)
 HUB_NAME = "hub.json"

@@ -20,8 +20,8 @@ from gist_dist.checkpoint import (
     set_optimizer_tensors,
 )
 from gist_dist.collectives import broadcast, broadcast_object, on_rank_0
+from gist_dist.common.errors import UserError
 from gist_dist.config import computed_values
-from gist_dist.errors import UserError
 from gist_dist.guidance import Guidance
 from gist_dist.guide_cache import guide_fingerprint
 from gist_dist.step import Trainee

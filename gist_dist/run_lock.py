@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
-from gist_dist.errors import UserError
 from gist_dist.model_shape import ModelShape, model_shape
 
 # Axes:  g rows   u unique texts   d student width   e guide width   P parameters   W workers, one GPU each

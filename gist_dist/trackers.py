@@ -15,10 +15,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol
 
+from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.files import write_atomically
+from gist_dist.common.redact import redact, redact_text
 from gist_dist.config import RunConfig, flat
-from gist_dist.errors import UserError, in_one_line
-from gist_dist.files import write_atomically
-from gist_dist.redact import redact, redact_text
 
 logger = logging.getLogger(__name__)
 

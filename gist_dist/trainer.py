@@ -10,12 +10,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from gist_dist.collectives import World, all_reduce_max, on_rank_0
+from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.plan import BatchPlan
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Guide, Student, save_model
-from gist_dist.errors import UserError
 from gist_dist.guidance import Guidance
 from gist_dist.guide_cache import GuideCache
 from gist_dist.masked_examples import masking_is_shown, write_masked_examples

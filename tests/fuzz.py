@@ -35,8 +35,8 @@ import hostile
 import hostile_data
 import tiny
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig, load_recipe
-from gist_dist.errors import UserError
 
 CASE_SECONDS = 20
 CASE_BYTES = 2**30

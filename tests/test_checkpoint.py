@@ -31,9 +31,9 @@ from tiny_runs import (
 
 from gist_dist.checkpoint import CheckpointStore, CheckpointWriter, Snapshot
 from gist_dist.collectives import World
+from gist_dist.common.errors import UserError
+from gist_dist.common.storage import join, open_store
 from gist_dist.config import parse_config
-from gist_dist.errors import UserError
-from gist_dist.storage import join, open_store
 
 EVERY = {"every_steps": 1, "keep": 99}
 REFRESHED = {"model": None, "refresh": 2}

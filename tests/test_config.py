@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import SHORT, RunConfig, load_recipe, packaged_recipes, parse_config
-from gist_dist.errors import UserError
 
 MINIMAL = {"name": "run", "student": {"model": "m"}, "data": {"sources": [{"path": "pairs.jsonl"}]}}
 

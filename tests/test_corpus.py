@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import tiny
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.storage import open_store
 from gist_dist.config import parse_config
 from gist_dist.data import corpus as corpus_module
 from gist_dist.data import merge, shards
@@ -22,8 +24,6 @@ from gist_dist.data.shards import Job
 from gist_dist.data.sources import Source
 from gist_dist.data.tokens import TextTokenizer
 from gist_dist.encoder import Guide, Student
-from gist_dist.errors import UserError
-from gist_dist.storage import open_store
 
 ROWS = [
     {"anchor": "amber basin", "positive": "cedar delta ember", "negatives": ["fjord", "new new new"]},

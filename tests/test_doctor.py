@@ -7,9 +7,9 @@ import pytest
 
 from gist_dist import doctor
 from gist_dist.cli import main
+from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig
 from gist_dist.doctor import Finding, Verdict
-from gist_dist.errors import UserError
 
 
 @pytest.fixture(autouse=True)

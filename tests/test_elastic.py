@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig, parse_config
-from gist_dist.errors import UserError
 from gist_dist.on_ray.cluster import check_resources, cpus_per_worker
 
 

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 
 from gist_dist import encoder
 from gist_dist.collectives import World
+from gist_dist.common.errors import UserError
 from gist_dist.config import GuideConfig, StudentConfig, parse_config
 from gist_dist.encoder import Guide, Student
-from gist_dist.errors import UserError
 from gist_dist.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.step import Trainee
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from scipy.stats import spearmanr
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import EvaluateConfig, RunConfig
-from gist_dist.errors import UserError
 from gist_dist.evaluation import Score, evaluate_task, read_results
 from gist_dist.evaluation_tasks import check_tasks, load_task
 

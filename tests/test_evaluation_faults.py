@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import EvaluateConfig, RunConfig, parse_config
-from gist_dist.errors import UserError
 from gist_dist.evaluation import evaluate_task, read_results
 
 SENTENCES = ["old river", "cold valley", "red harbor", "wide lagoon", "new willow", "loud zephyr"]

@@ -16,10 +16,10 @@ import torch
 from tiny import save_tiny_model
 
 from gist_dist import guide_cache
+from gist_dist.common.errors import UserError
 from gist_dist.config import GuideConfig
 from gist_dist.data.tokens import token_keys
 from gist_dist.encoder import Guide
-from gist_dist.errors import UserError
 from gist_dist.guide_cache import GuideCache, fill, guide_fingerprint, missing_inputs
 
 WIDTH = 32

@@ -15,14 +15,14 @@ import pytest
 import tiny
 import yaml
 
-from gist_dist import redact
 from gist_dist.cli import main
+from gist_dist.common import redact
+from gist_dist.common.errors import UserError
+from gist_dist.common.hub import go_offline_if_unreachable
+from gist_dist.common.plain_yaml import load_plain
 from gist_dist.config import SourceConfig, load_recipe, parse_config
 from gist_dist.data.sources import Source
 from gist_dist.encoder import Student
-from gist_dist.errors import UserError
-from gist_dist.hub import go_offline_if_unreachable
-from gist_dist.plain_yaml import load_plain
 from gist_dist.report import read_run, summarize
 
 CASES = {

@@ -18,14 +18,14 @@ import tiny
 import yaml
 
 from gist_dist.cli import main
+from gist_dist.common.errors import UserError
+from gist_dist.common.files import sealed, unsealed
 from gist_dist.config import SourceConfig, parse_config
 from gist_dist.data import batches, formats, merge, places
 from gist_dist.data.corpus import MANIFEST, prepare
 from gist_dist.data.sources import Source
 from gist_dist.encoder import Guide, Student
-from gist_dist.errors import UserError
 from gist_dist.evaluation_sets import own_task
-from gist_dist.files import sealed, unsealed
 
 ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]
 
@@ -67,7 +67,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path):
     (tmp_path / "closed").mkdir(mode=0)
     code = (
         "import os, sys; from gist_dist.data.sources import Source; from gist_dist.config import SourceConfig\n"
-        "from gist_dist.errors import UserError; os.setgroups([]); os.setuid(65534)\n"
+        "from gist_dist.common.errors import UserError; os.setgroups([]); os.setuid(65534)\n"
         "for path in sys.argv[1:]:\n"
         "    try: Source(SourceConfig(path=path), 0, None)\n"
         "    except UserError as error: print(error)"

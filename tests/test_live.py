@@ -13,8 +13,8 @@ from rich.console import Console
 from terminal import run_in_terminal
 from tiny import recipe, save_tiny_model, words, write_jsonl
 
+from gist_dist.common.text import clock
 from gist_dist.live import PROGRESS, LiveHandler, Tail, View, live_view
-from gist_dist.words import clock
 
 LINE = {
     "step": 7, "loss": 0.5, "grad_norm": 1.25, "learning_rate": 2e-5, "world_size": 2, "pairs_per_second": 100.0,

@@ -71,7 +71,7 @@ SLOW_START = """
 import json, os, sys, types, time
 import ray._private.node as node, ray._private.services as services
 from gist_dist.config import ClusterConfig
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 from gist_dist.on_ray.cluster import connected
 
 late, tries, get_node = int(sys.argv[1]), [], services.get_node

@@ -15,10 +15,10 @@ from sentence_transformers.util import mine_hard_negatives
 from tiny import recipe, save_tiny_model, words, write_jsonl
 
 import gist_dist.mining
+from gist_dist.common.errors import UserError
 from gist_dist.config import BatchConfig, parse_config
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.encoder import Guide, Student
-from gist_dist.errors import UserError
 from gist_dist.mining import Mined, MineOptions, mine_block, nearest, plan_search, same_texts
 
 WIDTH = 24

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.config import HubConfig, RunConfig, parse_config
-from gist_dist.errors import UserError
-from gist_dist.hub import go_offline_if_unreachable
 from gist_dist.model_card import write_model_card
 from gist_dist.publish import check_hub, push_model, pushed_commit
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import offline_models
 import pyarrow.parquet as pq
 import pytest
+import quickstart
 from offline_models import minilm, truncated
 
-import quickstart
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 
 BODY = "It says enough about the matter of {} that a reader knows what to expect of it here."
 

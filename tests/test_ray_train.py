@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from gist_dist.cli import main
+from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig, RunConfig, parse_config
-from gist_dist.errors import UserError
 from gist_dist.metrics import read_metrics
 from gist_dist.on_ray.cluster import check_resources
 from gist_dist.on_ray.driver import train_and_evaluate

@@ -10,9 +10,9 @@ import tiny
 import yaml
 
 from gist_dist.cli import main
+from gist_dist.common.errors import UserError
+from gist_dist.common.redact import MASK, Redacting, printable, redact, redact_text
 from gist_dist.config import SourceConfig, load_recipe, parse_config
-from gist_dist.errors import UserError
-from gist_dist.redact import MASK, Redacting, printable, redact, redact_text
 from gist_dist.run_folder import RunFolder
 
 ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]

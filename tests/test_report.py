@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 from gist_dist.model_card import write_model_card
 from gist_dist.report import TaskRow, build_report, judge, read_run, summarize
 

@@ -8,7 +8,7 @@ from browser import Browser, find_browser
 from test_report import HOSTILE, Page, make_run, metrics_line, report_of, write_result
 
 from gist_dist.cli import main
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 from gist_dist.report import build_report
 from gist_dist.report.compare import MAX_RUNS, compare_runs
 

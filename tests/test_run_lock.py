@@ -12,7 +12,7 @@ import pytest
 
 from gist_dist import run_lock
 from gist_dist.cli import main
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
 from gist_dist.run_lock import LOCK_NAME, holder_of, locked
 
 HOLD = """
@@ -147,7 +147,7 @@ def test_only_one_of_many_takes_a_stale_lock(tmp_path, hold):
     process.wait()
     script = (
         "import sys, time; from pathlib import Path; from gist_dist.run_lock import locked\n"
-        "from gist_dist.errors import UserError\n"
+        "from gist_dist.common.errors import UserError\n"
         "while not Path(sys.argv[2]).exists(): pass\n"
         "try:\n  with locked(Path(sys.argv[1])): print('mine', flush=True); time.sleep(2)\n"
         "except UserError: print('refused')"

@@ -19,10 +19,10 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import DataConfig, SourceConfig
 from gist_dist.data import formats, sources
 from gist_dist.data.sources import Source, open_sources
-from gist_dist.errors import UserError
 
 ROWS = [
     {"anchor": f"question {i}", "positive": f'answer "{i}",\nsecond line é 東京', "negative": f"no {i}"}

@@ -11,10 +11,10 @@ import pyarrow.fs
 import pytest
 import tiny
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.storage import copies_folder, join, local_copy, open_store, sha256
 from gist_dist.config import parse_config
 from gist_dist.data.corpus import open_corpus
-from gist_dist.errors import UserError
-from gist_dist.storage import copies_folder, join, local_copy, open_store, sha256
 
 
 @pytest.fixture(scope="module")

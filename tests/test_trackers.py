@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_runs import STEPS, Runs, curve, run_dir
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import parse_config
-from gist_dist.errors import UserError
 from gist_dist.trackers import Trackers, check_trackers, flat, track_scores
 
 

@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import DataConfig, SourceConfig, Triplets
 from gist_dist.data import triplets as module
 from gist_dist.data.sources import open_sources
 from gist_dist.data.triplets import make_triplets, triplet_source, write_triplets
-from gist_dist.errors import UserError
 
 
 def clustered(n=400, num_labels=7, width=24, copies=60, seed=0):

@@ -30,7 +30,7 @@ FOUND = {
     4: "gist_dist.report.Summary",
     5: "gist_dist.config.RunConfig",
     6: "gist_dist.drop_in.CachedGISTEmbedLoss",
-    7: "gist_dist.errors.UserError",
+    7: "gist_dist.common.errors.UserError",
     9: "gist_dist.config.GuideConfig | None",
     10: '"BatchConfig" has no attribute "global_sise"; maybe "global_size"?',
     11: 'Argument 1 to "train_and_evaluate" has incompatible type "str"; expected "RunConfig"',

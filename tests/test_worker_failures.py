@@ -20,9 +20,9 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.signals import StopRequests
 from gist_dist.config import BatchConfig, RunConfig, parse_config
-from gist_dist.errors import UserError
-from gist_dist.interrupts import StopRequests
 from gist_dist.on_ray import worker
 from gist_dist.on_ray.controller import RetryPolicy
 from gist_dist.on_ray.failures import OutOfMemory, classify, memory_sentence, out_of_memory, phase_of, steps_done
@@ -211,7 +211,7 @@ def test_notice_gives_a_checkpoint_at_once_and_one_just_before(tmp_path, monkeyp
 def one_rank_gives_up(payload):
     import torch.distributed as dist
 
-    from gist_dist.errors import UserError
+    from gist_dist.common.errors import UserError
 
     Path(payload["attempts"]).open("a").write(f"{dist.get_rank()}\n")
     if dist.get_rank() == 1:

@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.files import sealed, unsealed
+from gist_dist.common.redact import redact
+from gist_dist.common.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store, sha256
+from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import ROLES, RolePrompts, RunConfig
 from gist_dist.data.merge import Damaged, merge
 from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
 from gist_dist.data.sources import Source, SourceReport, open_sources
-from gist_dist.errors import UserError
-from gist_dist.files import sealed, unsealed
-from gist_dist.redact import redact
-from gist_dist.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store, sha256
-from gist_dist.words import PROGRESS_SECONDS
 
 if TYPE_CHECKING:
     from gist_dist.encoder import Encoder

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64, UInt64
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.storage import TRANSFERS, Store, sha256
 from gist_dist.data.shards import Commit, Job, name_by_content
 from gist_dist.data.sources import SourceReport
 from gist_dist.data.tokens import TextTokenizer
-from gist_dist.errors import UserError
-from gist_dist.storage import TRANSFERS, Store, sha256
 
 BUCKET_TEXTS = 2**22
 """Texts whose keys are compared at once."""

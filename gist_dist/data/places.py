@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 
+from gist_dist.common.errors import UserError, in_one_line
 from gist_dist.config import SourceConfig
 from gist_dist.data.formats import FORMATS, SourceFile, suffix
-from gist_dist.errors import UserError, in_one_line
 
 SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gist_dist.common.files import sealed, unsealed
+from gist_dist.common.storage import Store, open_store, sha256
 from gist_dist.data.sources import Part, Row, Source, SourceReport
 from gist_dist.data.tokens import TextTokenizer, as_lists, token_keys
-from gist_dist.files import sealed, unsealed
-from gist_dist.storage import Store, open_store, sha256
 
 MANIFEST = "manifest.json"
 """Of the finished corpus."""

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.redact import redact_address
 from gist_dist.config import SHORT, DataConfig, Filters, SourceConfig
 from gist_dist.data.formats import HubRows, SourceFile
 from gist_dist.data.places import find_files
-from gist_dist.errors import UserError
-from gist_dist.redact import redact_address
 
 LIST_KINDS = (
     pa.types.is_list,

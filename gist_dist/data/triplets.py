@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.files import write_atomically
 from gist_dist.config import Columns, SourceConfig, Triplets
 from gist_dist.data.sources import PART_ROWS
-from gist_dist.errors import UserError
-from gist_dist.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

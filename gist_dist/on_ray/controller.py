@@ -14,9 +14,9 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
+from gist_dist.common.redact import redact_text
 from gist_dist.on_ray.failures import Failure, classify, one_line, steps_done
 from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, posted, withdraw
-from gist_dist.redact import redact_text
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ import time
 
 import ray
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig, RunConfig
 from gist_dist.doctor import Finding, Verdict, examine_machine
-from gist_dist.errors import UserError
 from gist_dist.on_ray.bandwidth import measure_gather
 from gist_dist.on_ray.cluster import check_resources, connected, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.nodes import Nodes

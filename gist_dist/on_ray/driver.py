@@ -4,15 +4,15 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.signals import stop_requests
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Guide, Student
-from gist_dist.errors import UserError
 from gist_dist.evaluation import read_results
 from gist_dist.evaluation_tasks import check_tasks
 from gist_dist.guide_cache import guide_fingerprint
-from gist_dist.interrupts import stop_requests
 from gist_dist.model_card import write_model_card
 from gist_dist.mteb_results import export_run
 from gist_dist.on_ray.cluster import check_resources, connected

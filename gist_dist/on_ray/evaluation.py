@@ -24,8 +24,11 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.files import write_atomically
+from gist_dist.common.redact import redact_text
+from gist_dist.common.text import PROGRESS_SECONDS, clock, plural
 from gist_dist.config import ClusterConfig, EvaluateConfig, RunConfig
-from gist_dist.errors import UserError
 from gist_dist.evaluation import (
     Score,
     evaluate_task,
@@ -35,11 +38,8 @@ from gist_dist.evaluation import (
 )
 from gist_dist.evaluation_sets import one_line
 from gist_dist.evaluation_tasks import check_tasks, estimated_characters
-from gist_dist.files import write_atomically
 from gist_dist.mteb_results import Named, export_results
 from gist_dist.on_ray.cluster import connected, gpus_per_worker
-from gist_dist.redact import redact_text
-from gist_dist.words import PROGRESS_SECONDS, clock, plural
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gist_dist.common.errors import UserError
 from gist_dist.config import BatchConfig
-from gist_dist.errors import UserError
 
 Kind = Literal["user", "memory", "killed", "hung", "lost", "peer", "error"]
 

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gist_dist.common.errors import UserError
+from gist_dist.common.signals import StopRequests
+from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
-from gist_dist.errors import UserError
-from gist_dist.interrupts import StopRequests
 from gist_dist.on_ray.cluster import ClusterWatch, address_of, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.failures import classify, memory_remedy, memory_sentence, one_line
 from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, withdraw
 from gist_dist.on_ray.worker import LOG_NAME, train_worker
-from gist_dist.words import plural
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from gist_dist.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError, in_one_line
 from gist_dist.on_ray import probe
 
 logger = logging.getLogger(__name__)

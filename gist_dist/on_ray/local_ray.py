@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gist_dist.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError, in_one_line
 
 logger = logging.getLogger(__name__)
 

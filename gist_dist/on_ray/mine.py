@@ -26,18 +26,18 @@ import torch
 import yaml
 from ray.exceptions import RayError, RayTaskError
 
+from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.files import write_atomically
+from gist_dist.common.redact import redact
+from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import Columns, GuideConfig, RunConfig, SourceConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.encoder import Guide, Student
-from gist_dist.errors import UserError, in_one_line
-from gist_dist.files import write_atomically
 from gist_dist.guide_cache import GuideCache, guide_fingerprint
 from gist_dist.mining import REASONS, Mined, MineOptions, Search, mine_block, plan_corpus_search
 from gist_dist.on_ray.cluster import check_resources, connected, gpus_per_worker
 from gist_dist.on_ray.precompute import precompute
 from gist_dist.on_ray.prepare import prepare_on_ray
-from gist_dist.redact import redact
-from gist_dist.words import PROGRESS_SECONDS
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.storage import join, open_store
 from gist_dist.config import RunConfig, parse_config
 from gist_dist.doctor import MIN_FREE_GB, MIN_MEMORY_GB, MIN_SHM_GB, Finding, describe_node
-from gist_dist.errors import UserError, in_one_line
-from gist_dist.storage import join, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ def _load_guide(config: RunConfig) -> None:
 
 def _load_tasks(config: RunConfig) -> None:
     """Where the Hub is out of reach, also their data, which then have to be on the node."""
+    from gist_dist.common.hub import go_offline_if_unreachable
     from gist_dist.evaluation_tasks import check_tasks, load_task
-    from gist_dist.hub import go_offline_if_unreachable
 
     check_tasks(config.evaluate)
     if go_offline_if_unreachable():

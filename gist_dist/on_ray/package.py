@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import gist_dist
+from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig, SourceConfig
 from gist_dist.data.places import find_files
 from gist_dist.data.sources import Source
-from gist_dist.errors import UserError
 from gist_dist.on_ray.probe import measure
 
 MAX_DATA_BYTES = 64 * 2**20

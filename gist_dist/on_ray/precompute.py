@@ -19,11 +19,13 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
+from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.storage import join, open_store
+from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.data.corpus import Corpus, open_corpus
 from gist_dist.data.tokens import Tokens, token_keys
 from gist_dist.encoder import Guide
-from gist_dist.errors import UserError, in_one_line
 from gist_dist.guide_cache import (
     Filled,
     Keys,
@@ -37,8 +39,6 @@ from gist_dist.guide_cache import (
     write_shard,
 )
 from gist_dist.on_ray.cluster import address_of, check_resources, connected, gpus_per_worker
-from gist_dist.storage import join, open_store
-from gist_dist.words import PROGRESS_SECONDS
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+from gist_dist.common.errors import UserError, in_one_line
 from gist_dist.config import ClusterConfig, RunConfig
 from gist_dist.data.corpus import Corpus, prepare, run_in_process
 from gist_dist.data.formats import HubRows
 from gist_dist.data.shards import Commit, Job
-from gist_dist.errors import UserError, in_one_line
 from gist_dist.on_ray.cluster import connected
 
 if TYPE_CHECKING:  # tasks import this module, and need no torch

@@ -15,9 +15,10 @@ from packaging.specifiers import SpecifierSet
 from ray.job_submission import JobDetails, JobStatus
 
 from gist_dist import __version__
+from gist_dist.common.errors import UserError
+from gist_dist.common.redact import printable, redact
 from gist_dist.config import RunConfig, parse_config
 from gist_dist.doctor import required_packages
-from gist_dist.errors import UserError
 from gist_dist.evaluation_tasks import check_tasks
 from gist_dist.on_ray.jobs import (
     RECIPE_KEY,
@@ -46,7 +47,6 @@ from gist_dist.on_ray.package import (
     written_folders,
 )
 from gist_dist.on_ray.room import check_room
-from gist_dist.redact import printable, redact
 
 STOP_WAIT_S = 300
 """Between Ray's SIGTERM and its SIGKILL: time to end the step and write a checkpoint."""

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gist_dist.common.redact import Redacting
+from gist_dist.common.text import plural
 from gist_dist.cpu_memory import keep_freed_memory
 from gist_dist.on_ray.failures import OutOfMemory, memory_sentence, out_of_memory, phase_of
 from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, posted
 from gist_dist.on_ray.operator_metrics import OperatorMetrics
-from gist_dist.redact import Redacting
 from gist_dist.run_lock import other_holder
-from gist_dist.words import plural
 
 if TYPE_CHECKING:
     import torch

@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gist_dist.errors import UserError
-from gist_dist.files import write_atomically
+from gist_dist.common.errors import UserError
+from gist_dist.common.files import write_atomically
+from gist_dist.common.text import duration, percent, plain, plural, text_table
 from gist_dist.plots import write_plots
 from gist_dist.report.page import render_report
 from gist_dist.report.run import Run, TaskRow, jsonable, read_run
 from gist_dist.report.training import summarize_training
 from gist_dist.report.verdict import judge
 from gist_dist.report.warnings import find_warnings
-from gist_dist.words import duration, percent, plain, plural, text_table
 
 __all__ = ["Run", "Summary", "TaskRow", "build_report", "judge", "read_run", "summarize"]
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
+from gist_dist.common.text import FILTERS, duration
 from gist_dist.plots import BLOCKS, Plot
 from gist_dist.report.run import Run
-from gist_dist.words import FILTERS, duration
 
 SECTIONS = ("training", "masking", "speed")
 """Of the page, with charts."""

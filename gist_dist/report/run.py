@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gist_dist.errors import UserError
+from gist_dist.common.errors import UserError
+from gist_dist.common.plain_yaml import load_plain
+from gist_dist.common.redact import redact, redact_text
+from gist_dist.common.untrusted import check_plain, load_plain_json, problem
 from gist_dist.evaluation import Score, read_results
-from gist_dist.plain_json import check_plain, load_plain_json, problem
-from gist_dist.plain_yaml import load_plain
-from gist_dist.redact import redact, redact_text
 from gist_dist.report.shapes import DATA, EXAMPLES, FAILURES, RECIPE, STEP
 
 CHECKPOINT_COMPLAINTS = (" is damaged (", "the next checkpoint tries again")

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from gist_dist.plain_json import Number, Shape
+from gist_dist.common.untrusted import Number, Shape
 
 Count = Number | None
 """As JSON tells it, or not known."""

@@ -9,8 +9,8 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+from gist_dist.common.text import plural, signed
 from gist_dist.report.run import TaskRow, difference
-from gist_dist.words import plural, signed
 
 SIDES = ("before", "after", "guide")
 

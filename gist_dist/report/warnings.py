@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from gist_dist.common.text import listed, percent, plural, shorten
 from gist_dist.report.run import Run
-from gist_dist.words import listed, percent, plural, shorten
 
 
 def find_warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 
-from gist_dist.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError, in_one_line
 
 LOCAL = pa.fs.LocalFileSystem()
 ATOMIC_TYPES = ("s3", "gcs", "abfs")

@@ -1,6 +1,6 @@
 """The one exception whose message is an answer for the user, and other errors as part of an answer."""
 
-from gist_dist.redact import redact_text
+from gist_dist.common.redact import redact_text
 
 LONGEST = 4000
 """Characters of an answer; what is longer loses its middle."""

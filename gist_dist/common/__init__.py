@@ -1,0 +1,1 @@
+"""What every room may use: errors, text, files, storage, untrusted input, redaction."""
