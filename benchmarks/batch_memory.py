@@ -64,15 +64,15 @@ def row(result: dict) -> str:
 def measure(size: int, width: int, with_guide: bool) -> dict:
     import torch
 
-    from gist_dist.collectives import World
     from gist_dist.config import parse_config
+    from gist_dist.core.collectives import World
+    from gist_dist.core.optim import build_optimizer
+    from gist_dist.core.plan import plan_batch
+    from gist_dist.core.step import Trainee, train_step
     from gist_dist.data.corpus import prepare
-    from gist_dist.data.plan import plan_batch
     from gist_dist.data.sampler import Sampler
     from gist_dist.encoder import Guide, Student
     from gist_dist.metrics import peak_memory_bytes
-    from gist_dist.optim import build_optimizer
-    from gist_dist.step import Trainee, train_step
 
     with tempfile.TemporaryDirectory() as folder:
         student, guide = (str(random_encoder(Path(folder) / name, width)) for name in ("student", "guide"))

@@ -24,7 +24,7 @@ from harness import Claim, interleave, model_flags, parser, publish, ratio, say,
 from sides import DATA, Encoded, Ours, Setting, setting_of
 from torch import Tensor, nn
 
-from gist_dist.optim import clip_gradients
+from gist_dist.core.optim import clip_gradients
 
 
 def main() -> None:

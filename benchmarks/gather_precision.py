@@ -13,7 +13,7 @@ import torch
 from harness import Claim, model_flags, number, parser, publish, run_group, start
 from sides import DATA, Ours, Setting, setting_of
 
-from gist_dist.collectives import World
+from gist_dist.core.collectives import World
 
 PRECISIONS = {"fp32": 4, "bf16": 2, "fp16": 2}
 """batch.gather_precision → bytes of a number."""

@@ -25,7 +25,7 @@ from loss_stage import embeddings
 from sides import SHAPES, Ours, Setting, Theirs, load_rows, pair_batch, random_encoder
 
 from gist_dist.config import LossConfig
-from gist_dist.loss import gist_loss, row_blocks
+from gist_dist.core.loss import gist_loss, row_blocks
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16, by what the device's name contains."""

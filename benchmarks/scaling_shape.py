@@ -69,15 +69,15 @@ def main() -> None:
 
 def measure(rows: int, width: int, repeats: int) -> dict:
     """Seconds by phase, and the rate at which each does what scaling.py counts."""
-    from gist_dist.collectives import World
     from gist_dist.config import parse_config
+    from gist_dist.core.collectives import World
+    from gist_dist.core.optim import build_optimizer
+    from gist_dist.core.plan import plan_batch
+    from gist_dist.core.step import Trainee, train_step
     from gist_dist.data.corpus import prepare
-    from gist_dist.data.plan import plan_batch
     from gist_dist.data.sampler import Sampler
     from gist_dist.encoder import Guide, Student
     from gist_dist.model_shape import model_shape
-    from gist_dist.optim import build_optimizer
-    from gist_dist.step import Trainee, train_step
 
     with tempfile.TemporaryDirectory() as folder:
         models = [str(random_encoder(Path(folder) / name, width)) for name in ("student", "guide")]
@@ -111,7 +111,7 @@ def measure(rows: int, width: int, repeats: int) -> dict:
 
 def planning(repeats: int):
     """plan_batch for a corpus of 1.2 M triplets that exists as index arrays only."""
-    from gist_dist.data.plan import plan_batch
+    from gist_dist.core.plan import plan_batch
 
     draw, rows = np.random.default_rng(0), 1_200_000
     texts = 3 * rows

@@ -20,14 +20,14 @@ import torch
 from harness import ROOT
 from torch import Tensor, nn
 
-from gist_dist.collectives import World, barrier
 from gist_dist.config import parse_config
+from gist_dist.core.collectives import World, barrier
+from gist_dist.core.loss import BatchIndex
+from gist_dist.core.optim import build_optimizer, clip_gradients
+from gist_dist.core.plan import BatchPlan, plan_batch
+from gist_dist.core.step import StepResult, Trainee, train_step
 from gist_dist.data.corpus import Corpus, prepare
-from gist_dist.data.plan import BatchPlan, plan_batch
 from gist_dist.encoder import Guide, Padded, Student, override_dropout, pad
-from gist_dist.loss import BatchIndex
-from gist_dist.optim import build_optimizer, clip_gradients
-from gist_dist.step import StepResult, Trainee, train_step
 
 # ---- models --------------------------------------------------------------------------------------
 

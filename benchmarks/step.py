@@ -32,7 +32,7 @@ from harness import (
 )
 from sides import DATA, Ours, Setting, Theirs, can_cache, setting_of
 
-from gist_dist.collectives import World
+from gist_dist.core.collectives import World
 
 GOALS = {"short": (4.5, 6.0), "mixed": (5.0, 7.0), "long": (2.0, 2.7)}
 """At 1,024 rows in one process: guide online, guide cached."""

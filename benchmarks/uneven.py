@@ -18,9 +18,9 @@ from typing import Any
 from harness import Claim, interleave, model_flags, number, parser, publish, ratio, run_group, say, spread, start
 from sides import DATA, Ours, Setting, setting_of
 
-from gist_dist.collectives import World, all_reduce_max
+from gist_dist.core.collectives import World, all_reduce_max
+from gist_dist.core.step import StepResult, prepare_inputs, train_step
 from gist_dist.pace import Pace
-from gist_dist.step import StepResult, prepare_inputs, train_step
 
 LEARNING_STEPS = 4
 WAITING = ("gather", "scatter", "reduce")

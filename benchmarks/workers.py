@@ -16,7 +16,7 @@ from typing import Any
 from harness import Claim, interleave, model_flags, parser, publish, ratio, run_group, say, seconds_of, spread, start
 from sides import DATA, Ours, Setting, can_cache, setting_of
 
-from gist_dist.collectives import World
+from gist_dist.core.collectives import World
 
 ENCODING = ("encode", "guide", "backward")
 COMMUNICATION = ("gather", "scatter", "reduce")

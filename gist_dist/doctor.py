@@ -253,6 +253,6 @@ def _hub() -> list[Finding]:
 
 def _process_group() -> list[Finding]:
     """Gloo, which CPU workers talk through and GPU workers start with."""
-    from gist_dist.collectives import try_backends
+    from gist_dist.core.collectives import try_backends
 
     return [Finding("process group", "ok", f"torch.distributed works ({', '.join(try_backends())})")]

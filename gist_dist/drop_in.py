@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gist_dist.collectives import World, all_gather_rows, reduce_scatter_rows
 from gist_dist.config import LossConfig
+from gist_dist.core.collectives import World, all_gather_rows, reduce_scatter_rows
+from gist_dist.core.gradcache import ActivationBudget, first_pass, second_pass
+from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.core.plan import Chunk, cut_chunks
 from gist_dist.cpu_dropout import FastDropout
-from gist_dist.data.plan import Chunk, cut_chunks
 from gist_dist.encoder import pad
-from gist_dist.gradcache import ActivationBudget, first_pass, second_pass
-from gist_dist.loss import BatchIndex, gist_loss, row_blocks
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

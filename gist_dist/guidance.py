@@ -6,13 +6,13 @@ import numpy as np
 from torch import Tensor
 
 from gist_dist.checkpoint import model_tensors
-from gist_dist.collectives import barrier
 from gist_dist.common.errors import UserError
-from gist_dist.data.plan import BatchPlan, plan_batch
+from gist_dist.core.collectives import barrier
+from gist_dist.core.plan import BatchPlan, plan_batch
+from gist_dist.core.step import Trainee
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Guide
 from gist_dist.guide_cache import GuideCache, fill, guide_fingerprint
-from gist_dist.step import Trainee
 
 
 class Guidance:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from gist_dist.common.files import write_atomically
 from gist_dist.config import LossConfig, RunConfig
+from gist_dist.core.loss import false_negatives, guide_threshold
+from gist_dist.core.plan import BatchPlan
+from gist_dist.core.step import Scored
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.plan import BatchPlan
-from gist_dist.loss import false_negatives, guide_threshold
-from gist_dist.step import Scored
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ import torch
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.common.untrusted import step_line
+from gist_dist.core.loss import PARTS
+from gist_dist.core.plan import BatchPlan
+from gist_dist.core.step import StepResult
 from gist_dist.data.accounts import repeated_texts
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.plan import BatchPlan
-from gist_dist.loss import PARTS
-from gist_dist.step import StepResult
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import torch
 
 from gist_dist.common.files import write_atomically
 from gist_dist.config import LossConfig, RunConfig
+from gist_dist.core.loss import gist_loss, row_blocks
+from gist_dist.core.plan import BatchPlan
+from gist_dist.core.step import Scored, StepResult
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.plan import BatchPlan
-from gist_dist.loss import gist_loss, row_blocks
-from gist_dist.step import Scored, StepResult
 
 logger = logging.getLogger(__name__)
 

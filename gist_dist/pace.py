@@ -1,8 +1,8 @@
 """How fast each worker encodes, measured in the steps themselves: what cluster.deal_by_speed deals texts by."""
 
-from gist_dist.collectives import World
-from gist_dist.data.plan import BatchPlan
-from gist_dist.step import StepInputs, StepResult
+from gist_dist.core.collectives import World
+from gist_dist.core.plan import BatchPlan
+from gist_dist.core.step import StepInputs, StepResult
 
 GRID = 20
 """Speeds are rounded to so many parts of the fastest worker's: equal workers are then dealt equally."""

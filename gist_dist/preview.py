@@ -10,12 +10,12 @@ from torch import nn
 
 from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
+from gist_dist.core.gradcache import ActivationBudget
+from gist_dist.core.plan import BatchPlan, Chunk, deal, plan_batch
 from gist_dist.data.accounts import source_accounts
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.plan import BatchPlan, Chunk, deal, plan_batch
 from gist_dist.data.sampler import Epoch, Sampler
 from gist_dist.encoder import Encoder, Guide, Student
-from gist_dist.gradcache import ActivationBudget
 from gist_dist.guide_cache import open_guide_cache
 
 SAMPLED_BATCHES = 8

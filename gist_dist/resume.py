@@ -19,12 +19,12 @@ from gist_dist.checkpoint import (
     read_newest,
     set_optimizer_tensors,
 )
-from gist_dist.collectives import broadcast, broadcast_object, on_rank_0
 from gist_dist.common.errors import UserError
 from gist_dist.config import computed_values
+from gist_dist.core.collectives import broadcast, broadcast_object, on_rank_0
+from gist_dist.core.step import Trainee
 from gist_dist.guidance import Guidance
 from gist_dist.guide_cache import guide_fingerprint
-from gist_dist.step import Trainee
 
 logger = logging.getLogger(__name__)
 

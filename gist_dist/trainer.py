@@ -9,11 +9,13 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from gist_dist.collectives import World, all_reduce_max, on_rank_0
 from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
+from gist_dist.core.collectives import World, all_reduce_max, on_rank_0
+from gist_dist.core.optim import build_optimizer, learning_rate, set_learning_rate
+from gist_dist.core.plan import BatchPlan
+from gist_dist.core.step import StepInputs, StepResult, Trainee, prepare_inputs, train_step
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.plan import BatchPlan
 from gist_dist.data.sampler import Sampler
 from gist_dist.encoder import Guide, Student, save_model
 from gist_dist.guidance import Guidance
@@ -22,10 +24,8 @@ from gist_dist.masked_examples import masking_is_shown, write_masked_examples
 from gist_dist.metrics import metrics_line, peak_memory_bytes
 from gist_dist.non_finite import tell_non_finite
 from gist_dist.observers import Observers
-from gist_dist.optim import build_optimizer, learning_rate, set_learning_rate
 from gist_dist.pace import Pace
 from gist_dist.resume import RunState
-from gist_dist.step import StepInputs, StepResult, Trainee, prepare_inputs, train_step
 from gist_dist.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)

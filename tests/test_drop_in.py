@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer import losses
 from tiny import run_group, save_tiny_model, words
 
-from gist_dist.collectives import World
+from gist_dist.core.collectives import World
 from gist_dist.drop_in import CachedGISTEmbedLoss
 
 Columns = list[list[str]]

@@ -20,9 +20,9 @@ from safetensors.numpy import load_file
 from tiny import double, one_step, prepared, recipe, run_group, save_tiny_model, wait_for, words, write_jsonl
 from torch.nn import functional as F
 
-from gist_dist.collectives import World
 from gist_dist.common.errors import UserError
 from gist_dist.config import parse_config
+from gist_dist.core.collectives import World
 from gist_dist.data.corpus import Corpus
 from gist_dist.encoder import Guide, Student
 from gist_dist.metrics import read_metrics

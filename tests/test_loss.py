@@ -8,7 +8,7 @@ from reference import Row, reference_loss
 from torch.nn import functional as F
 
 from gist_dist.config import LossConfig
-from gist_dist.loss import PARTS, TIE, BatchIndex, LossShare, gist_loss, row_blocks
+from gist_dist.core.loss import PARTS, TIE, BatchIndex, LossShare, gist_loss, row_blocks
 
 MARGINS = [("absolute", 0.0), ("absolute", 0.4), ("absolute", -0.1), ("relative", 0.3), ("relative", -0.2)]
 FLAGS = list(itertools.product((True, False), repeat=2))

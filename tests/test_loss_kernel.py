@@ -15,7 +15,7 @@ from test_loss import FLAGS, MARGINS, Case, blocks_of, config_of
 from torch.nn import functional as F
 
 from gist_dist.config import LossConfig
-from gist_dist.loss import BatchIndex, LossShare, gist_loss
+from gist_dist.core.loss import BatchIndex, LossShare, gist_loss
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -44,7 +44,7 @@ def fused(worker, student, guide, batch, blocks, config, sizes=None, precision="
 
 
 def _fused(student, guide, batch, blocks, config, sizes, precision, limits) -> LossShare:
-    from gist_dist import loss_kernel
+    from gist_dist.core import loss_kernel
 
     usual = dict(vars(loss_kernel))
     if sizes:
@@ -205,7 +205,7 @@ def test_kernels_compile_for_nvidia_without_atomics(tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gist_dist import loss_kernel
+    from gist_dist.core import loss_kernel
 
     pointers = {"guide": "fp16", "gradients": "fp64", "log_sums": "fp64", "bits": "i32", "num_identical": "i32"}
     pointers |= {"num_masked": "i32"} | dict.fromkeys(("table", "student", "thresholds", "shifts", "scales"), "fp32")

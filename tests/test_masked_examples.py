@@ -13,11 +13,12 @@ from tiny import prepared, recipe, save_tiny_model, words, write_jsonl
 from torch.nn import functional as F
 
 from gist_dist import trainer
-from gist_dist.collectives import World
 from gist_dist.config import LossConfig
-from gist_dist.data.plan import plan_batch
+from gist_dist.core.collectives import World
+from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.core.plan import plan_batch
+from gist_dist.core.step import Scored
 from gist_dist.encoder import Guide, Student
-from gist_dist.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.masked_examples import (
     FILE_NAME,
     MAX_CHARACTERS,
@@ -26,7 +27,6 @@ from gist_dist.masked_examples import (
     write_masked_examples,
 )
 from gist_dist.metrics import read_metrics
-from gist_dist.step import Scored
 
 LONG = "amber " * 100
 

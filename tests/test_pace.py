@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from gist_dist.collectives import World
 from gist_dist.config import ClusterConfig
-from gist_dist.data.plan import BatchPlan, cut_chunks, deal
+from gist_dist.core.collectives import World
+from gist_dist.core.plan import BatchPlan, cut_chunks, deal
+from gist_dist.core.step import StepInputs, StepResult
 from gist_dist.encoder import Student
 from gist_dist.pace import GRID, Pace
-from gist_dist.step import StepInputs, StepResult
 
 SPEEDS = (1.0, 0.5, 1.0, 0.05, 0.75)
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from gist_dist.data.plan import CHUNK_OVERHEAD_TOKENS, cut_chunks, deal, plan_batch
+from gist_dist.core.plan import CHUNK_OVERHEAD_TOKENS, cut_chunks, deal, plan_batch
 
 
 def lengths(seed: int, n: int, longest: int = 256) -> np.ndarray:

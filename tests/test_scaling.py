@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.config import LossConfig, parse_config
-from gist_dist.data.plan import cut_chunks, deal, plan_batch
+from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.core.plan import cut_chunks, deal, plan_batch
 from gist_dist.encoder import Student
-from gist_dist.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.model_shape import ModelShape, model_shape
 from gist_dist.scaling import GPUS, Workload, busiest_rows, check_gpus, estimate, estimate_lines, workload
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from tiny_runs import STEPS, Runs, assert_same_run, checkpoints, curve, run, run_dir
 
-from gist_dist.collectives import World
 from gist_dist.common.errors import UserError
+from gist_dist.core.collectives import World
 
 
 @pytest.fixture(scope="module")

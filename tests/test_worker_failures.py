@@ -130,7 +130,7 @@ def test_memory_errors_are_recognised_and_their_phase_too():
 @pytest.mark.parametrize(
     ("file", "phase"),
     [
-        ("gist_dist/loss.py", "scoring the batch"), ("gist_dist/gradcache.py", "encoding"),
+        ("gist_dist/core/loss.py", "scoring the batch"), ("gist_dist/core/gradcache.py", "encoding"),
         ("torch/optim/adamw.py", "the optimizer's step"), ("gist_dist/trainer.py", None),
     ],
 )  # fmt: skip

@@ -12,9 +12,9 @@ import torch
 from safetensors.numpy import load_file
 from tiny import recipe, run_group, save_tiny_model, words, write_jsonl
 
-from gist_dist.collectives import World
 from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig, parse_config
+from gist_dist.core.collectives import World
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.encoder import Guide, Student
 from gist_dist.trainer import train

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from gist_dist.collectives import World, all_gather_rows, barrier, broadcast_object
 from gist_dist.config import ClusterConfig
+from gist_dist.core.collectives import World, all_gather_rows, barrier, broadcast_object
 from gist_dist.doctor import Finding
 from gist_dist.on_ray.cluster import cpus_per_worker, gpus_per_worker
 

@@ -31,8 +31,8 @@ def train_worker(payload: dict[str, Any]) -> str:
 
     What a rank raises ends all ranks as soon as Ray's controller looks; its RetryPolicy decides what then.
     """
-    from gist_dist.collectives import World, broadcast_object
     from gist_dist.config import parse_config
+    from gist_dist.core.collectives import World, broadcast_object
     from gist_dist.data.corpus import open_corpus
     from gist_dist.encoder import Guide, Student
     from gist_dist.guide_cache import GuideCache

@@ -14,7 +14,7 @@ import time
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 
-MODULE = "gist_dist.step"
+MODULE = "gist_dist.core.step"
 
 
 class _Wrapper(MetaPathFinder):

@@ -103,7 +103,7 @@ def gist_loss(
     if kernel is None:
         kernel = student.is_cuda and student.dtype == torch.float32 and find_spec("triton") is not None
     if kernel:
-        from gist_dist.loss_kernel import fused_share
+        from gist_dist.core.loss_kernel import fused_share
 
         return fused_share(student, guide, batch, blocks, config)
     scorer = _Scorer(student, guide, batch, config)

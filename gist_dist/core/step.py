@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gist_dist.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
 from gist_dist.config import RunConfig
+from gist_dist.core.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
+from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
+from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.core.optim import clip_gradients
+from gist_dist.core.plan import BatchPlan, Chunk, deal
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.plan import BatchPlan, Chunk, deal
 from gist_dist.encoder import Guide, Padded, Student
-from gist_dist.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
-from gist_dist.loss import BatchIndex, gist_loss, row_blocks
-from gist_dist.optim import clip_gradients
 
 GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """batch.gather_precision, where embeddings are rounded for it; on one worker too, so that it makes no difference."""

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gist_dist.config import LossConfig
-from gist_dist.loss import BatchIndex, LossShare, guide_threshold
+from gist_dist.core.loss import BatchIndex, LossShare, guide_threshold
 
 BITS_BYTES = 2**28
 """Rows are scored in spans whose bits, kept between forward and backward, take no more."""

@@ -1,0 +1,1 @@
+"""The mathematics of one step, SPMD: candidates, loss, plan, gradient caching, collectives."""
