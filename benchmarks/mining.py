@@ -77,10 +77,10 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from gist_dist.config import parse_config
     from gist_dist.data.corpus import prepare
-    from gist_dist.encoder import Guide, Student
-    from gist_dist.guide_cache import fill, open_guide_cache
     from gist_dist.metrics import peak_memory_bytes
     from gist_dist.mining import MineOptions, mine_block, plan_corpus_search
+    from gist_dist.models.encoder import Guide, Student
+    from gist_dist.models.guide_cache import fill, open_guide_cache
 
     cpu = torch.device("cpu")
     anchors, positives = pairs(arguments)

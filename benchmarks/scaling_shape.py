@@ -76,8 +76,8 @@ def measure(rows: int, width: int, repeats: int) -> dict:
     from gist_dist.core.step import Trainee, train_step
     from gist_dist.data.corpus import prepare
     from gist_dist.data.sampler import Sampler
-    from gist_dist.encoder import Guide, Student
     from gist_dist.model_shape import model_shape
+    from gist_dist.models.encoder import Guide, Student
 
     with tempfile.TemporaryDirectory() as folder:
         models = [str(random_encoder(Path(folder) / name, width)) for name in ("student", "guide")]
@@ -136,7 +136,7 @@ def planning(repeats: int):
 
 def cached_bytes_per_second(repeats: int, texts: int = 300_000, width: int = 768) -> float:
     """Rows in any order of a guide cache that lies in the page cache."""
-    from gist_dist.guide_cache import GuideCache
+    from gist_dist.models.guide_cache import GuideCache
 
     draw = np.random.default_rng(0)
     keys = draw.integers(0, 2**63, (texts, 2), dtype=np.uint64)

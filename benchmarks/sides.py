@@ -27,7 +27,7 @@ from gist_dist.core.optim import build_optimizer, clip_gradients
 from gist_dist.core.plan import BatchPlan, plan_batch
 from gist_dist.core.step import StepResult, Trainee, train_step
 from gist_dist.data.corpus import Corpus, prepare
-from gist_dist.encoder import Guide, Padded, Student, override_dropout, pad
+from gist_dist.models.encoder import Guide, Padded, Student, override_dropout, pad
 
 # ---- models --------------------------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ def setting_of(arguments: argparse.Namespace, data: str, count: int, **fields: A
 
 def can_cache() -> bool:
     """Whether this gist_dist has a guide cache."""
-    return find_spec("gist_dist.guide_cache") is not None
+    return find_spec("gist_dist.models.guide_cache") is not None
 
 
 class Ours:
@@ -342,7 +342,7 @@ def _rank_0_first(make: Callable[[], Any], world: World) -> Any:
 
 def _filled_cache(config: Any, corpus: Corpus, guide: Guide) -> tuple[Any, np.ndarray]:
     """The guide's cache with all texts of the corpus, and where each text is in it."""
-    from gist_dist.guide_cache import fill, open_guide_cache
+    from gist_dist.models.guide_cache import fill, open_guide_cache
 
     cache = open_guide_cache(config, guide)
     texts = np.arange(len(corpus.identity))

@@ -30,8 +30,8 @@ from gist_dist.core.collectives import World, all_gather_rows, reduce_scatter_ro
 from gist_dist.core.gradcache import ActivationBudget, first_pass, second_pass
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.plan import Chunk, cut_chunks
-from gist_dist.cpu_dropout import FastDropout
-from gist_dist.encoder import pad
+from gist_dist.models.cpu_dropout import FastDropout
+from gist_dist.models.encoder import pad
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -11,8 +11,8 @@ from gist_dist.core.collectives import barrier
 from gist_dist.core.plan import BatchPlan, plan_batch
 from gist_dist.core.step import Trainee
 from gist_dist.data.sampler import Sampler
-from gist_dist.encoder import Guide
-from gist_dist.guide_cache import GuideCache, fill, guide_fingerprint
+from gist_dist.models.encoder import Guide
+from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint
 
 
 class Guidance:

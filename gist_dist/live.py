@@ -29,7 +29,7 @@ PHASES = {
     "gist_dist.on_ray.driver": "preparing data",
     "gist_dist.data": "preparing data",
     "gist_dist.on_ray.prepare": "preparing data",
-    "gist_dist.guide_cache": "guide embeddings",
+    "gist_dist.models.guide_cache": "guide embeddings",
     "gist_dist.on_ray.precompute": "guide embeddings",
     "gist_dist.on_ray.mine": "hard negatives",
     "gist_dist.on_ray.fit": "training",

@@ -4,7 +4,7 @@ from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
-from gist_dist.encoder import Encoder
+from gist_dist.models.encoder import Encoder
 
 
 def outline(config: RunConfig, student: Encoder, guide: Encoder | None, corpus: Corpus, sampler: Sampler) -> list[str]:

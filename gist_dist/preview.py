@@ -15,8 +15,8 @@ from gist_dist.core.plan import BatchPlan, Chunk, deal, plan_batch
 from gist_dist.data.accounts import source_accounts
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Epoch, Sampler
-from gist_dist.encoder import Encoder, Guide, Student
-from gist_dist.guide_cache import open_guide_cache
+from gist_dist.models.encoder import Encoder, Guide, Student
+from gist_dist.models.guide_cache import open_guide_cache
 
 SAMPLED_BATCHES = 8
 SHOWN_SOURCES, SHOWN_REASONS = 30, 10

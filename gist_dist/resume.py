@@ -24,7 +24,7 @@ from gist_dist.config import computed_values
 from gist_dist.core.collectives import broadcast, broadcast_object, on_rank_0
 from gist_dist.core.step import Trainee
 from gist_dist.guidance import Guidance
-from gist_dist.guide_cache import guide_fingerprint
+from gist_dist.models.guide_cache import guide_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -130,7 +130,7 @@ def fuzz_guide_caches(rng: random.Random, place: Path, shared: Path) -> str:
     """Embeddings of a guide on disk: what is found must be what was written."""
     import numpy as np
 
-    from gist_dist.guide_cache import GuideCache
+    from gist_dist.models.guide_cache import GuideCache
 
     keys = np.arange(64, dtype=np.uint64).reshape(-1, 2)
     embeddings = np.linspace(-1, 1, 32 * 8, dtype=np.float16).reshape(32, 8)
@@ -238,7 +238,7 @@ def good_recipe(place: Path, shared: Path) -> dict[str, Any]:
 
 def prepare(config: RunConfig) -> Any:
     from gist_dist.data.corpus import prepare
-    from gist_dist.encoder import Guide, Student
+    from gist_dist.models.encoder import Guide, Student
     from gist_dist.on_ray.triplets import resolve_classification
 
     student = loaded(Student, config.model_dump_json(include={"name", "student", "data"}))

@@ -216,7 +216,7 @@ def test_a_megabyte_is_a_text_and_emoji_alone_are_named(tmp_path, models):
     assert report["first_dropped"][0] == "x.jsonl row 1: anchor has no token that the student knows"
     assert corpus.num_rows == 4
     assert corpus.student_lengths.max() == 64 and corpus.student_lengths[corpus.texts_in_use].min() >= 2
-    from gist_dist.encoder import Student
+    from gist_dist.models.encoder import Student
 
     embeddings = Student(config.student).encode(corpus.student_tokens(corpus.texts_in_use), dropout_seed=(0,))
     assert embeddings.isfinite().all()

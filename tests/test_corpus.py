@@ -22,8 +22,8 @@ from gist_dist.data import merge, shards
 from gist_dist.data.corpus import Corpus, open_corpus, prepare, run_in_process
 from gist_dist.data.shards import Job
 from gist_dist.data.sources import Source
-from gist_dist.data.tokens import TextTokenizer
-from gist_dist.encoder import Guide, Student
+from gist_dist.models.encoder import Guide, Student
+from gist_dist.models.tokenizer import TextTokenizer
 
 ROWS = [
     {"anchor": "amber basin", "positive": "cedar delta ember", "negatives": ["fjord", "new new new"]},

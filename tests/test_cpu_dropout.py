@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gist_dist import cpu_dropout
-from gist_dist.cpu_dropout import FastDropout
+from gist_dist.models import cpu_dropout
+from gist_dist.models.cpu_dropout import FastDropout
 
 SHAPE = (5, 2, 5, 2)
 """Texts, heads, tokens and width of a head."""

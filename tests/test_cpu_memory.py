@@ -8,7 +8,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from gist_dist.cpu_memory import keep_freed_memory
+from gist_dist.models.cpu_memory import keep_freed_memory
 
 def step():
     kept = [torch.ones(2**20) for _ in range(64)] + [torch.ones(2**25)]

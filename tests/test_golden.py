@@ -16,8 +16,8 @@ from tiny import recipe, save_tiny_model, words, write_jsonl
 from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.data.corpus import prepare
-from gist_dist.encoder import Guide, Student
 from gist_dist.metrics import read_metrics
+from gist_dist.models.encoder import Guide, Student
 from gist_dist.trainer import train
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"

@@ -7,7 +7,7 @@ from tiny import save_tiny_model
 
 from gist_dist.config import StudentConfig
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
-from gist_dist.encoder import Student
+from gist_dist.models.encoder import Student
 
 SIZES = [(3, 20), (5, 12), (4, 12), (8, 7), (6, 3)]
 """Texts and tokens a text of every chunk, longest first."""

@@ -15,12 +15,12 @@ import pytest
 import torch
 from tiny import save_tiny_model
 
-from gist_dist import guide_cache
 from gist_dist.common.errors import UserError
 from gist_dist.config import GuideConfig
-from gist_dist.data.tokens import token_keys
-from gist_dist.encoder import Guide
-from gist_dist.guide_cache import GuideCache, fill, guide_fingerprint, missing_inputs
+from gist_dist.models import guide_cache
+from gist_dist.models.encoder import Guide
+from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint, missing_inputs
+from gist_dist.models.tokenizer import token_keys
 
 WIDTH = 32
 CHUNK_TOKENS = 512

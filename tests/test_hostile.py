@@ -22,7 +22,7 @@ from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.common.plain_yaml import load_plain
 from gist_dist.config import SourceConfig, load_recipe, parse_config
 from gist_dist.data.sources import Source
-from gist_dist.encoder import Student
+from gist_dist.models.encoder import Student
 from gist_dist.report import read_run, summarize
 
 CASES = {

@@ -24,8 +24,8 @@ from gist_dist.config import SourceConfig, parse_config
 from gist_dist.data import batches, formats, merge, places
 from gist_dist.data.corpus import MANIFEST, prepare
 from gist_dist.data.sources import Source
-from gist_dist.encoder import Guide, Student
 from gist_dist.evaluation_sets import own_task
+from gist_dist.models.encoder import Guide, Student
 
 ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]
 

@@ -14,8 +14,8 @@ from faults.product import Run
 from gist_dist import cli
 from gist_dist.common.signals import handled, stop_requests
 from gist_dist.core.collectives import World
-from gist_dist.encoder import Guide, Student
 from gist_dist.metrics import read_metrics
+from gist_dist.models.encoder import Guide, Student
 from gist_dist.run_lock import LOCK_NAME
 from gist_dist.trainer import train
 

@@ -97,8 +97,8 @@ def test_every_phase_writes_its_progress_so_that_it_is_shown_in_place():
     import numpy as np
 
     from gist_dist.data.corpus import _Progress as Preparing
-    from gist_dist.guide_cache import Progress as Encoding
-    from gist_dist.guide_cache import Work
+    from gist_dist.models.guide_cache import Progress as Encoding
+    from gist_dist.models.guide_cache import Work
 
     preparing = Preparing(4, lambda line: None)
     preparing.rows_of, preparing.num_done = {0: 10}, 1

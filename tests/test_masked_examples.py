@@ -18,7 +18,6 @@ from gist_dist.core.collectives import World
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.plan import plan_batch
 from gist_dist.core.step import Scored
-from gist_dist.encoder import Guide, Student
 from gist_dist.masked_examples import (
     FILE_NAME,
     MAX_CHARACTERS,
@@ -27,6 +26,7 @@ from gist_dist.masked_examples import (
     write_masked_examples,
 )
 from gist_dist.metrics import read_metrics
+from gist_dist.models.encoder import Guide, Student
 
 LONG = "amber " * 100
 

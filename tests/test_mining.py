@@ -18,8 +18,8 @@ import gist_dist.mining
 from gist_dist.common.errors import UserError
 from gist_dist.config import BatchConfig, parse_config
 from gist_dist.data.corpus import Corpus, prepare
-from gist_dist.encoder import Guide, Student
 from gist_dist.mining import Mined, MineOptions, mine_block, nearest, plan_search, same_texts
+from gist_dist.models.encoder import Guide, Student
 
 WIDTH = 24
 SHARED_OPTIONS = {

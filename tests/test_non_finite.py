@@ -12,7 +12,7 @@ from tiny_runs import STEPS, Runs, assert_same_run, checkpoints, complaint, curv
 from gist_dist.common.errors import UserError
 from gist_dist.config import parse_config
 from gist_dist.data.corpus import prepare
-from gist_dist.encoder import Guide, Student
+from gist_dist.models.encoder import Guide, Student
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig, parse_config
 from gist_dist.data import corpus as corpus_module
 from gist_dist.data.corpus import prepare
-from gist_dist.encoder import Guide, Student
+from gist_dist.models.encoder import Guide, Student
 from gist_dist.on_ray import prepare as module
 from gist_dist.on_ray.prepare import prepare_on_ray, run_in_tasks
 

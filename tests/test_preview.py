@@ -13,8 +13,8 @@ from gist_dist.cli import main
 from gist_dist.config import RunConfig, parse_config
 from gist_dist.data.accounts import repeated_texts
 from gist_dist.data.sampler import Sampler
-from gist_dist.encoder import Guide
-from gist_dist.guide_cache import fill, open_guide_cache
+from gist_dist.models.encoder import Guide
+from gist_dist.models.guide_cache import fill, open_guide_cache
 from gist_dist.on_ray.driver import prepare
 from gist_dist.preview import Preview, preview
 from gist_dist.report import build_report

@@ -16,8 +16,8 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import LossConfig, parse_config
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.plan import cut_chunks, deal, plan_batch
-from gist_dist.encoder import Student
 from gist_dist.model_shape import ModelShape, model_shape
+from gist_dist.models.encoder import Student
 from gist_dist.scaling import GPUS, Workload, busiest_rows, check_gpus, estimate, estimate_lines, workload
 
 BASE = ModelShape("base", 109_000_000, 85_600_000, 768, 768, 12)

@@ -15,7 +15,7 @@ from gist_dist.config import LossConfig, StudentConfig, parse_config
 from gist_dist.core.collectives import World
 from gist_dist.core.loss import BatchIndex, gist_loss
 from gist_dist.data.corpus import Corpus
-from gist_dist.encoder import Student
+from gist_dist.models.encoder import Student
 
 Rows = list[dict[str, Any]]
 

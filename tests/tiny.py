@@ -20,7 +20,7 @@ from gist_dist.core.collectives import World
 from gist_dist.core.plan import deal, plan_batch
 from gist_dist.core.step import Trainee, train_step
 from gist_dist.data.corpus import Corpus, prepare
-from gist_dist.encoder import Guide, Student
+from gist_dist.models.encoder import Guide, Student
 
 WORDS = (
     "amber basin cedar delta ember fjord grove harbor island jungle kelp lagoon meadow nectar orchid pebble "

@@ -16,7 +16,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig, parse_config
 from gist_dist.core.collectives import World
 from gist_dist.data.corpus import Corpus, prepare
-from gist_dist.encoder import Guide, Student
+from gist_dist.models.encoder import Guide, Student
 from gist_dist.trainer import train
 
 STEPS = 6

@@ -19,7 +19,7 @@ from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.optim import clip_gradients
 from gist_dist.core.plan import BatchPlan, Chunk, deal
 from gist_dist.data.corpus import Corpus
-from gist_dist.encoder import Guide, Padded, Student
+from gist_dist.models.encoder import Guide, Padded, Student
 
 GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """batch.gather_precision, where embeddings are rounded for it; on one worker too, so that it makes no difference."""

@@ -36,7 +36,7 @@ from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
 from gist_dist.data.sources import Source, SourceReport, open_sources
 
 if TYPE_CHECKING:
-    from gist_dist.encoder import Encoder
+    from gist_dist.models.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.storage import TRANSFERS, Store, sha256
 from gist_dist.data.shards import Commit, Job, name_by_content
 from gist_dist.data.sources import SourceReport
-from gist_dist.data.tokens import TextTokenizer
+from gist_dist.models.tokenizer import TextTokenizer
 
 BUCKET_TEXTS = 2**22
 """Texts whose keys are compared at once."""

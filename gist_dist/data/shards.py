@@ -22,7 +22,7 @@ import pyarrow as pa
 from gist_dist.common.files import sealed, unsealed
 from gist_dist.common.storage import Store, open_store, sha256
 from gist_dist.data.sources import Part, Row, Source, SourceReport
-from gist_dist.data.tokens import TextTokenizer, as_lists, token_keys
+from gist_dist.models.tokenizer import TextTokenizer, as_lists, token_keys
 
 MANIFEST = "manifest.json"
 """Of the finished corpus."""

@@ -9,11 +9,11 @@ from gist_dist.common.signals import stop_requests
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
-from gist_dist.encoder import Guide, Student
 from gist_dist.evaluation import read_results
 from gist_dist.evaluation_tasks import check_tasks
-from gist_dist.guide_cache import guide_fingerprint
 from gist_dist.model_card import write_model_card
+from gist_dist.models.encoder import Guide, Student
+from gist_dist.models.guide_cache import guide_fingerprint
 from gist_dist.mteb_results import export_run
 from gist_dist.on_ray.cluster import check_resources, connected
 from gist_dist.on_ray.evaluation import evaluate_models

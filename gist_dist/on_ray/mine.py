@@ -32,9 +32,9 @@ from gist_dist.common.redact import redact
 from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import Columns, GuideConfig, RunConfig, SourceConfig
 from gist_dist.data.corpus import Corpus
-from gist_dist.encoder import Guide, Student
-from gist_dist.guide_cache import GuideCache, guide_fingerprint
 from gist_dist.mining import REASONS, Mined, MineOptions, Search, mine_block, plan_corpus_search
+from gist_dist.models.encoder import Guide, Student
+from gist_dist.models.guide_cache import GuideCache, guide_fingerprint
 from gist_dist.on_ray.cluster import check_resources, connected, gpus_per_worker
 from gist_dist.on_ray.precompute import precompute
 from gist_dist.on_ray.prepare import prepare_on_ray

@@ -69,13 +69,13 @@ class Node:
 
 
 def _load_student(config: RunConfig) -> None:
-    from gist_dist.encoder import Student
+    from gist_dist.models.encoder import Student
 
     Student(config.student)
 
 
 def _load_guide(config: RunConfig) -> None:
-    from gist_dist.encoder import Guide
+    from gist_dist.models.encoder import Guide
 
     Guide(config.guide_or_student)
 

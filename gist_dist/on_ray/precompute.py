@@ -24,9 +24,8 @@ from gist_dist.common.storage import join, open_store
 from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.data.corpus import Corpus, open_corpus
-from gist_dist.data.tokens import Tokens, token_keys
-from gist_dist.encoder import Guide
-from gist_dist.guide_cache import (
+from gist_dist.models.encoder import Guide
+from gist_dist.models.guide_cache import (
     Filled,
     Keys,
     Progress,
@@ -38,6 +37,7 @@ from gist_dist.guide_cache import (
     open_guide_cache,
     write_shard,
 )
+from gist_dist.models.tokenizer import Tokens, token_keys
 from gist_dist.on_ray.cluster import address_of, check_resources, connected, gpus_per_worker
 
 logger = logging.getLogger(__name__)

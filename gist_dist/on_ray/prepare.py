@@ -13,7 +13,7 @@ from gist_dist.data.shards import Commit, Job
 from gist_dist.on_ray.cluster import connected
 
 if TYPE_CHECKING:  # tasks import this module, and need no torch
-    from gist_dist.encoder import Encoder
+    from gist_dist.models.encoder import Encoder
 
 logger = logging.getLogger(__name__)
 

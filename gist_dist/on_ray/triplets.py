@@ -12,10 +12,10 @@ from gist_dist.common.redact import redact
 from gist_dist.common.storage import join, open_store
 from gist_dist.config import RolePrompts, RunConfig, SourceConfig
 from gist_dist.data.sources import Source
-from gist_dist.data.tokens import token_keys
 from gist_dist.data.triplets import make_triplets, triplet_source, write_triplets
-from gist_dist.encoder import Guide, Student
-from gist_dist.guide_cache import guide_fingerprint, open_guide_cache
+from gist_dist.models.encoder import Guide, Student
+from gist_dist.models.guide_cache import guide_fingerprint, open_guide_cache
+from gist_dist.models.tokenizer import token_keys
 from gist_dist.on_ray.precompute import precompute_inputs
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gist_dist.common.redact import Redacting
 from gist_dist.common.text import plural
-from gist_dist.cpu_memory import keep_freed_memory
+from gist_dist.models.cpu_memory import keep_freed_memory
 from gist_dist.on_ray.failures import OutOfMemory, memory_sentence, out_of_memory, phase_of
 from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, posted
 from gist_dist.on_ray.operator_metrics import OperatorMetrics
@@ -34,8 +34,8 @@ def train_worker(payload: dict[str, Any]) -> str:
     from gist_dist.config import parse_config
     from gist_dist.core.collectives import World, broadcast_object
     from gist_dist.data.corpus import open_corpus
-    from gist_dist.encoder import Guide, Student
-    from gist_dist.guide_cache import GuideCache
+    from gist_dist.models.encoder import Guide, Student
+    from gist_dist.models.guide_cache import GuideCache
     from gist_dist.trainer import train
 
     config = parse_config(payload["recipe"])

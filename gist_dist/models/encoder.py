@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from gist_dist.common.errors import UserError, in_one_line
 from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.config import GuideConfig, RolePrompts, StudentConfig
-from gist_dist.cpu_dropout import FastDropout
-from gist_dist.data.tokens import TextTokenizer, Tokens, backend_tokens
+from gist_dist.models.cpu_dropout import FastDropout
+from gist_dist.models.tokenizer import TextTokenizer, Tokens, backend_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

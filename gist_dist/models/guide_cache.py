@@ -35,7 +35,7 @@ from gist_dist.common.storage import local_copy as copy_to_node
 from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import RunConfig
 from gist_dist.core.plan import cut_chunks
-from gist_dist.encoder import Encoder, Guide
+from gist_dist.models.encoder import Encoder, Guide
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Student and guide around SentenceTransformer, their tokenizer, and the guide cache."""
