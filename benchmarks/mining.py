@@ -77,8 +77,8 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from gist_dist.config import parse_config
     from gist_dist.data.corpus import prepare
+    from gist_dist.data.mining import MineOptions, mine_block, plan_corpus_search
     from gist_dist.metrics import peak_memory_bytes
-    from gist_dist.mining import MineOptions, mine_block, plan_corpus_search
     from gist_dist.models.encoder import Guide, Student
     from gist_dist.models.guide_cache import fill, open_guide_cache
 

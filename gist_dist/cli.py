@@ -271,8 +271,8 @@ def _mine(arguments: argparse.Namespace) -> int:
     print(
         f"gist_dist {__version__}: hard negatives for {config.name} -> {arguments.output}", file=sys.stderr, flush=True
     )
+    from gist_dist.data.mining import MineOptions
     from gist_dist.live import live_view
-    from gist_dist.mining import MineOptions
     from gist_dist.on_ray.mine import mine
 
     options = {field.name: getattr(arguments, field.name) for field in fields(MineOptions)}

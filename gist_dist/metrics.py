@@ -20,8 +20,8 @@ from gist_dist.common.untrusted import step_line
 from gist_dist.core.loss import PARTS
 from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import StepResult
-from gist_dist.data.accounts import repeated_texts
 from gist_dist.data.corpus import Corpus
+from gist_dist.data.statistics import repeated_texts
 
 logger = logging.getLogger(__name__)
 

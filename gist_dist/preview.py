@@ -12,9 +12,9 @@ from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.core.gradcache import ActivationBudget
 from gist_dist.core.plan import BatchPlan, Chunk, deal, plan_batch
-from gist_dist.data.accounts import source_accounts
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Epoch, Sampler
+from gist_dist.data.statistics import source_accounts
 from gist_dist.models.encoder import Encoder, Guide, Student
 from gist_dist.models.guide_cache import open_guide_cache
 

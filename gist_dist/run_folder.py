@@ -18,9 +18,9 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.common.redact import redact
 from gist_dist.config import RunConfig, computed_values
-from gist_dist.data.accounts import source_accounts
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
+from gist_dist.data.statistics import source_accounts
 
 MIN_FREE_BYTES = 200 * 2**20
 PACKAGES = ("torch", "ray", "transformers", "sentence-transformers", "datasets", "mteb", "pyarrow", "numpy")

@@ -21,7 +21,8 @@ from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import sealed, unsealed
 from gist_dist.config import SourceConfig, parse_config
-from gist_dist.data import batches, formats, merge, places
+from gist_dist.data import decode as batches
+from gist_dist.data import formats, merge, places
 from gist_dist.data.corpus import MANIFEST, prepare
 from gist_dist.data.sources import Source
 from gist_dist.evaluation_sets import own_task

@@ -14,11 +14,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import mine_hard_negatives
 from tiny import recipe, save_tiny_model, words, write_jsonl
 
-import gist_dist.mining
+import gist_dist.data.mining
 from gist_dist.common.errors import UserError
 from gist_dist.config import BatchConfig, parse_config
 from gist_dist.data.corpus import Corpus, prepare
-from gist_dist.mining import Mined, MineOptions, mine_block, nearest, plan_search, same_texts
+from gist_dist.data.mining import Mined, MineOptions, mine_block, nearest, plan_search, same_texts
 from gist_dist.models.encoder import Guide, Student
 
 WIDTH = 24
@@ -203,7 +203,7 @@ def test_an_anchor_with_many_positives_still_finds_others():
     options = MineOptions(negatives=4)
     search = plan_search(anchors, positives, anchors[:0], np.zeros(299, dtype=np.int64), np.arange(300), options)
     (mined,) = [mine_block(search, block, vectors.__getitem__, options, 0) for block in search.blocks()]
-    assert search.most_positives == gist_dist.mining.MOST_POSITIVES and (mined.texts[0] >= 200).all()
+    assert search.most_positives == gist_dist.data.mining.MOST_POSITIVES and (mined.texts[0] >= 200).all()
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def texts_of(corpus: Corpus) -> list[tuple[str, str, list[str]]]:
 def test_mined_sources_load_with_their_negatives(ray_session, tmp_path, monkeypatch):
     from gist_dist.on_ray import mine as module
 
-    monkeypatch.setattr(gist_dist.mining, "ANCHORS_AT_ONCE", 40)  # several Ray tasks
+    monkeypatch.setattr(gist_dist.data.mining, "ANCHORS_AT_ONCE", 40)  # several Ray tasks
     save_tiny_model(tmp_path / "student")
     save_tiny_model(tmp_path / "guide", seed=1)
     config, options = parse_config(tree(tmp_path, tmp_path)), MineOptions(negatives=3, min_rank=1, max_rank=30)

@@ -11,8 +11,8 @@ import yaml
 from gist_dist import preview as module
 from gist_dist.cli import main
 from gist_dist.config import RunConfig, parse_config
-from gist_dist.data.accounts import repeated_texts
 from gist_dist.data.sampler import Sampler
+from gist_dist.data.statistics import repeated_texts
 from gist_dist.models.encoder import Guide
 from gist_dist.models.guide_cache import fill, open_guide_cache
 from gist_dist.on_ray.driver import prepare

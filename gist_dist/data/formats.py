@@ -20,7 +20,7 @@ import pyarrow.parquet
 from gist_dist.common.errors import UserError, in_one_line
 from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.config import SourceConfig
-from gist_dist.data.batches import BATCH_ROWS, batches_of, rows_at_a_time, slices
+from gist_dist.data.decode import BATCH_ROWS, batches_of, rows_at_a_time, slices
 
 FORMATS = {
     ".parquet": "parquet",

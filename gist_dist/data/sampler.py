@@ -19,7 +19,7 @@ import numpy as np
 from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.spread import SharedTexts, repeating_rows, spread
+from gist_dist.data.no_duplicates import SharedTexts, repeating_rows, spread
 
 SMALLEST_BATCH = 1 / 16
 """Share of global_size below which the rest of an epoch is no batch of its own."""

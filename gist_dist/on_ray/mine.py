@@ -32,7 +32,7 @@ from gist_dist.common.redact import redact
 from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import Columns, GuideConfig, RunConfig, SourceConfig
 from gist_dist.data.corpus import Corpus
-from gist_dist.mining import REASONS, Mined, MineOptions, Search, mine_block, plan_corpus_search
+from gist_dist.data.mining import REASONS, Mined, MineOptions, Search, mine_block, plan_corpus_search
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import GuideCache, guide_fingerprint
 from gist_dist.on_ray.cluster import check_resources, connected, gpus_per_worker
