@@ -41,7 +41,7 @@ def main() -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
         print(row(results[-1]) if len(results) > 1 else header() + row(results[-1]), flush=True)
-    from gist_dist.run_folder import describe_environment
+    from gist_dist.runs.folder import describe_environment
 
     document = {"results": results, "environment": describe_environment(), "machine": platform.machine()}
     (HERE / "results" / "batch_memory.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from gist_dist.core.collectives import World, barrier, broadcast_object
-from gist_dist.run_folder import describe_environment
+from gist_dist.runs.folder import describe_environment
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"

@@ -57,7 +57,7 @@ def main() -> None:
         gigabytes = f"{result['peak_bytes'] / 1e9:.2f} ({result['before_bytes'] / 1e9:.2f})"
         print(f"| {stage} | {result['seconds']:.1f} | {result['cpu_seconds']:.1f} | {gigabytes} |")
     print(agreement)
-    from gist_dist.run_folder import describe_environment
+    from gist_dist.runs.folder import describe_environment
 
     asked = {name: getattr(arguments, name) for name in ("rows", "negatives", "margin")}
     asked |= {"model": Path(arguments.model).name, "data": Path(arguments.data).name}

@@ -19,7 +19,7 @@ import numpy as np
 
 from gist_dist.config import parse_config
 from gist_dist.data.sampler import Sampler
-from gist_dist.run_folder import describe_environment
+from gist_dist.runs.folder import describe_environment
 
 HERE = Path(__file__).parent
 CASES = {

@@ -56,7 +56,7 @@ def main() -> None:
         )
     cached = cached_bytes_per_second(repeats)
     print(f"\nguide embeddings from the cache: {cached / 1e9:.2f} GB/s")
-    from gist_dist.run_folder import describe_environment
+    from gist_dist.runs.folder import describe_environment
 
     document = {
         "steps": steps,

@@ -33,7 +33,7 @@ def main() -> None:
     for mode, name in modes.items():
         steps = f"optim.steps={arguments.first_steps}"
         gist_dist("train", root, f"name={name}", f"guide.mode={mode}", steps, "optim.epochs=null")
-    from gist_dist.run_folder import describe_environment
+    from gist_dist.runs.folder import describe_environment
 
     result = {
         "plan": plan,

@@ -16,7 +16,7 @@ import tiny
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
-from gist_dist.run_folder import RunFolder
+from gist_dist.runs.folder import RunFolder
 
 TRIPLETS = ("banking77_train", "clinc150_train", "hwu64", "emotion_train")
 """Their positives and negatives are drawn from few texts: the hard part."""

@@ -18,7 +18,7 @@ from gist_dist.models.guide_cache import fill, open_guide_cache
 from gist_dist.on_ray.driver import prepare
 from gist_dist.preview import Preview, preview
 from gist_dist.report import build_report
-from gist_dist.run_folder import RunFolder
+from gist_dist.runs.folder import RunFolder
 
 
 def planned(config: RunConfig) -> Preview:

@@ -13,7 +13,7 @@ from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.common.redact import MASK, Redacting, printable, redact, redact_text
 from gist_dist.config import SourceConfig, load_recipe, parse_config
-from gist_dist.run_folder import RunFolder
+from gist_dist.runs.folder import RunFolder
 
 ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]
 SECRETS = ("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG", "hunter2hunter2", "hf_" + "a" * 34)

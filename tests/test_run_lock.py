@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from gist_dist import run_lock
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
-from gist_dist.run_lock import LOCK_NAME, holder_of, locked
+from gist_dist.runs import lock as run_lock
+from gist_dist.runs.lock import LOCK_NAME, holder_of, locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from gist_dist.run_lock import locked
+from gist_dist.runs.lock import locked
 with locked(Path(sys.argv[1])) as lock:
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
@@ -146,7 +146,7 @@ def test_only_one_of_many_takes_a_stale_lock(tmp_path, hold):
     process.kill()
     process.wait()
     script = (
-        "import sys, time; from pathlib import Path; from gist_dist.run_lock import locked\n"
+        "import sys, time; from pathlib import Path; from gist_dist.runs.lock import locked\n"
         "from gist_dist.common.errors import UserError\n"
         "while not Path(sys.argv[2]).exists(): pass\n"
         "try:\n  with locked(Path(sys.argv[1])): print('mine', flush=True); time.sleep(2)\n"

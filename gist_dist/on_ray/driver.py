@@ -24,8 +24,8 @@ from gist_dist.on_ray.triplets import resolve_classification
 from gist_dist.outline import outline
 from gist_dist.publish import check_hub, push_model
 from gist_dist.report import Summary, build_report
-from gist_dist.run_folder import RunFolder
-from gist_dist.run_lock import RunLock, locked
+from gist_dist.runs.folder import RunFolder
+from gist_dist.runs.lock import RunLock, locked
 from gist_dist.trackers import check_trackers, track_scores
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from gist_dist.models.cpu_memory import keep_freed_memory
 from gist_dist.on_ray.failures import OutOfMemory, memory_sentence, out_of_memory, phase_of
 from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, posted
 from gist_dist.on_ray.operator_metrics import OperatorMetrics
-from gist_dist.run_lock import other_holder
+from gist_dist.runs.lock import other_holder
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import tiny
 from faults import records
 from faults.product import Run, compare
 from faults.records import Record
-from gist_dist.run_folder import describe_environment
+from gist_dist.runs.folder import describe_environment
 
 STEPS = 300
 CHECKPOINT_EVERY = 20
