@@ -71,8 +71,8 @@ def measure(size: int, width: int, with_guide: bool) -> dict:
     from gist_dist.core.step import Trainee, train_step
     from gist_dist.data.corpus import prepare
     from gist_dist.data.sampler import Sampler
-    from gist_dist.metrics import peak_memory_bytes
     from gist_dist.models.encoder import Guide, Student
+    from gist_dist.training.metrics import peak_memory_bytes
 
     with tempfile.TemporaryDirectory() as folder:
         student, guide = (str(random_encoder(Path(folder) / name, width)) for name in ("student", "guide"))

@@ -78,9 +78,9 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     from gist_dist.config import parse_config
     from gist_dist.data.corpus import prepare
     from gist_dist.data.mining import MineOptions, mine_block, plan_corpus_search
-    from gist_dist.metrics import peak_memory_bytes
     from gist_dist.models.encoder import Guide, Student
     from gist_dist.models.guide_cache import fill, open_guide_cache
+    from gist_dist.training.metrics import peak_memory_bytes
 
     cpu = torch.device("cpu")
     anchors, positives = pairs(arguments)
@@ -124,7 +124,7 @@ def theirs(arguments: argparse.Namespace) -> dict[str, Any]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import mine_hard_negatives
 
-    from gist_dist.metrics import peak_memory_bytes
+    from gist_dist.training.metrics import peak_memory_bytes
 
     cpu = torch.device("cpu")
     anchors, positives = pairs(arguments)
@@ -150,7 +150,7 @@ def watched(function: Any, calls: list[dict[str, Any]]) -> Any:
     """The same function, its time and the memory peak after it noted in `calls`."""
     import torch
 
-    from gist_dist.metrics import peak_memory_bytes
+    from gist_dist.training.metrics import peak_memory_bytes
 
     def run(*inputs: Any, **options: Any) -> Any:
         started = clocks()

@@ -20,7 +20,7 @@ from sides import DATA, Ours, Setting, setting_of
 
 from gist_dist.core.collectives import World, all_reduce_max
 from gist_dist.core.step import StepResult, prepare_inputs, train_step
-from gist_dist.pace import Pace
+from gist_dist.training.worker_speeds import Pace
 
 LEARNING_STEPS = 4
 WAITING = ("gather", "scatter", "reduce")

@@ -162,7 +162,7 @@ def fuzz_checkpoints(rng: random.Random, place: Path, shared: Path) -> str:
     """After damage the newest intact checkpoint is one that was written, whole."""
     import torch
 
-    from gist_dist.checkpoint import CheckpointStore, Snapshot, read_newest
+    from gist_dist.training.checkpoint import CheckpointStore, Snapshot, read_newest
 
     checkpoints = CheckpointStore(RunConfig.model_validate(good_recipe(place, shared)))
     written = {step: torch.full((3, 2), float(step)) for step in (1, 2)}

@@ -29,11 +29,11 @@ from tiny_runs import (
     weights,
 )
 
-from gist_dist.checkpoint import CheckpointStore, CheckpointWriter, Snapshot
 from gist_dist.common.errors import UserError
 from gist_dist.common.storage import join, open_store
 from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
+from gist_dist.training.checkpoint import CheckpointStore, CheckpointWriter, Snapshot
 
 EVERY = {"every_steps": 1, "keep": 99}
 REFRESHED = {"model": None, "refresh": 2}

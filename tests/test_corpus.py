@@ -426,7 +426,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path, models, data, monkeypat
 def in_process(function, *arguments) -> list[multiprocessing.Process]:
     """Started in a process that is forked with torch imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.trainer"])
+    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.training.trainer"])
     process = context.Process(target=function, args=arguments)
     process.start()
     return process

@@ -17,10 +17,10 @@ from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.core.plan import plan_batch
 from gist_dist.data.corpus import Corpus, prepare
-from gist_dist.metrics import read_metrics
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint
-from gist_dist.trainer import train
+from gist_dist.training.metrics import read_metrics
+from gist_dist.training.trainer import train
 
 STEPS = 8
 DEATH = 9

@@ -301,7 +301,7 @@ def test_broken_guide_is_refused(tmp_path, model):
 
 def start(function, *arguments) -> multiprocessing.Process:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.trainer"])
+    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.training.trainer"])
     process = context.Process(target=function, args=arguments)
     process.start()
     return process

@@ -14,10 +14,10 @@ from faults.product import Run
 from gist_dist import cli
 from gist_dist.common.signals import handled, stop_requests
 from gist_dist.core.collectives import World
-from gist_dist.metrics import read_metrics
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.runs.lock import LOCK_NAME
-from gist_dist.trainer import train
+from gist_dist.training.metrics import read_metrics
+from gist_dist.training.trainer import train
 
 STEPS = 200
 

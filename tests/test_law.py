@@ -24,9 +24,9 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.data.corpus import Corpus
-from gist_dist.metrics import read_metrics
 from gist_dist.models.encoder import Guide, Student
-from gist_dist.trainer import train
+from gist_dist.training.metrics import read_metrics
+from gist_dist.training.trainer import train
 
 WORLD_SIZES = (1, 2, 3, 4)
 

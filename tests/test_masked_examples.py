@@ -12,21 +12,21 @@ from safetensors.numpy import load_file
 from tiny import prepared, recipe, save_tiny_model, words, write_jsonl
 from torch.nn import functional as F
 
-from gist_dist import trainer
 from gist_dist.config import LossConfig
 from gist_dist.core.collectives import World
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.plan import plan_batch
 from gist_dist.core.step import Scored
-from gist_dist.masked_examples import (
+from gist_dist.models.encoder import Guide, Student
+from gist_dist.training import trainer
+from gist_dist.training.masked_examples import (
     FILE_NAME,
     MAX_CHARACTERS,
     masked_examples,
     masking_is_shown,
     write_masked_examples,
 )
-from gist_dist.metrics import read_metrics
-from gist_dist.models.encoder import Guide, Student
+from gist_dist.training.metrics import read_metrics
 
 LONG = "amber " * 100
 

@@ -12,7 +12,7 @@ from gist_dist.core.collectives import World
 from gist_dist.core.plan import BatchPlan, cut_chunks, deal
 from gist_dist.core.step import StepInputs, StepResult
 from gist_dist.models.encoder import Student
-from gist_dist.pace import GRID, Pace
+from gist_dist.training.worker_speeds import GRID, Pace
 
 SPEEDS = (1.0, 0.5, 1.0, 0.05, 0.75)
 

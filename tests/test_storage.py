@@ -172,7 +172,7 @@ def _copy(place: str, files: dict[str, str], folder: Path, barrier, downloads) -
 def test_processes_of_a_node_copy_once(tmp_path):
     files, contents = filled(str(tmp_path / "x"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.trainer"])
+    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.training.trainer"])
     barrier, downloads = context.Barrier(4), context.SimpleQueue()
     arguments = (str(tmp_path / "x"), files, tmp_path / "node", barrier, downloads)
     processes = [context.Process(target=_copy, args=arguments) for _ in range(4)]

@@ -10,7 +10,7 @@ from tiny_runs import STEPS, Runs, curve, run_dir
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import parse_config
-from gist_dist.trackers import Trackers, check_trackers, flat, track_scores
+from gist_dist.training.trackers import Trackers, check_trackers, flat, track_scores
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_tracker_that_fails_is_left_and_said_once(runs, caplog):
 
 
 def test_a_missing_package_is_named_before_anything_runs(runs, monkeypatch):
-    monkeypatch.setattr("gist_dist.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("gist_dist.training.trackers.find_spec", lambda name: None)
     config = parse_config(runs.tree("missing", tracking={"tensorboard": False, "wandb": {}}))
     with pytest.raises(UserError, match=r"tracking.wandb: the package wandb is missing; .*gist-dist\[wandb\]"):
         check_trackers(config)

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from gist_dist import watchdog
-from gist_dist.watchdog import Watchdog
+from gist_dist.training import watchdog
+from gist_dist.training.watchdog import Watchdog
 
 
 @pytest.fixture

@@ -131,12 +131,12 @@ def test_memory_errors_are_recognised_and_their_phase_too():
     ("file", "phase"),
     [
         ("gist_dist/core/loss.py", "scoring the batch"), ("gist_dist/core/gradcache.py", "encoding"),
-        ("torch/optim/adamw.py", "the optimizer's step"), ("gist_dist/trainer.py", None),
+        ("torch/optim/adamw.py", "the optimizer's step"), ("gist_dist/training/trainer.py", None),
     ],
 )  # fmt: skip
 def test_phase_is_that_of_the_innermost_frame(file, phase):
     names = {}
-    exec(compile("def outer(call):\n    call()", "/x/gist_dist/trainer.py", "exec"), names)
+    exec(compile("def outer(call):\n    call()", "/x/gist_dist/training/trainer.py", "exec"), names)
     exec(compile("def inner():\n    raise MemoryError", f"/x/{file}", "exec"), names)
     with pytest.raises(MemoryError) as caught:
         names["outer"](names["inner"])

@@ -136,7 +136,7 @@ def run_group(
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.trainer"])
+    context.set_forkserver_preload(["torch", "transformers", "sentence_transformers", "gist_dist.training.trainer"])
     results = [folder / f"result-{rank}.pickle" for rank in range(world_size)]
     processes = [
         context.Process(target=_rank, args=(function, rank, world_size, folder, results[rank], arguments))

@@ -17,7 +17,7 @@ from gist_dist.config import RunConfig, parse_config
 from gist_dist.core.collectives import World
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Student
-from gist_dist.trainer import train
+from gist_dist.training.trainer import train
 
 STEPS = 6
 Wants = Callable[[], str | None]

@@ -26,7 +26,7 @@ from gist_dist.publish import check_hub, push_model
 from gist_dist.report import Summary, build_report
 from gist_dist.runs.folder import RunFolder
 from gist_dist.runs.lock import RunLock, locked
-from gist_dist.trackers import check_trackers, track_scores
+from gist_dist.training.trackers import check_trackers, track_scores
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ def train_worker(payload: dict[str, Any]) -> str:
     from gist_dist.data.corpus import open_corpus
     from gist_dist.models.encoder import Guide, Student
     from gist_dist.models.guide_cache import GuideCache
-    from gist_dist.trainer import train
+    from gist_dist.training.trainer import train
 
     config = parse_config(payload["recipe"])
     world = World.current()

@@ -17,16 +17,16 @@ from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import StepInputs, StepResult, Trainee, prepare_inputs, train_step
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
-from gist_dist.guidance import Guidance
-from gist_dist.masked_examples import masking_is_shown, write_masked_examples
-from gist_dist.metrics import metrics_line, peak_memory_bytes
 from gist_dist.models.encoder import Guide, Student, save_model
 from gist_dist.models.guide_cache import GuideCache
-from gist_dist.non_finite import tell_non_finite
-from gist_dist.observers import Observers
-from gist_dist.pace import Pace
-from gist_dist.resume import RunState
-from gist_dist.watchdog import Watchdog
+from gist_dist.training.guide_schedule import Guidance
+from gist_dist.training.masked_examples import masking_is_shown, write_masked_examples
+from gist_dist.training.metrics import metrics_line, peak_memory_bytes
+from gist_dist.training.non_finite import tell_non_finite
+from gist_dist.training.observers import Observers
+from gist_dist.training.run_state import RunState
+from gist_dist.training.watchdog import Watchdog
+from gist_dist.training.worker_speeds import Pace
 
 logger = logging.getLogger(__name__)
 

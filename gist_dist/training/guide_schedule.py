@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from gist_dist.checkpoint import model_tensors
 from gist_dist.common.errors import UserError
 from gist_dist.core.collectives import barrier
 from gist_dist.core.plan import BatchPlan, plan_batch
@@ -13,6 +12,7 @@ from gist_dist.core.step import Trainee
 from gist_dist.data.sampler import Sampler
 from gist_dist.models.encoder import Guide
 from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint
+from gist_dist.training.checkpoint import model_tensors
 
 
 class Guidance:

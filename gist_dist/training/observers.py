@@ -8,8 +8,8 @@ from typing import Any
 from gist_dist.common.errors import UserError
 from gist_dist.common.text import PROGRESS_SECONDS, clock
 from gist_dist.config import RunConfig
-from gist_dist.metrics import MetricsFile
-from gist_dist.trackers import Trackers
+from gist_dist.training.metrics import MetricsFile
+from gist_dist.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gist_dist.checkpoint import (
+from gist_dist.common.errors import UserError
+from gist_dist.config import computed_values
+from gist_dist.core.collectives import broadcast, broadcast_object, on_rank_0
+from gist_dist.core.step import Trainee
+from gist_dist.models.guide_cache import guide_fingerprint
+from gist_dist.training.checkpoint import (
     CheckpointStore,
     CheckpointWriter,
     Snapshot,
@@ -19,12 +24,7 @@ from gist_dist.checkpoint import (
     read_newest,
     set_optimizer_tensors,
 )
-from gist_dist.common.errors import UserError
-from gist_dist.config import computed_values
-from gist_dist.core.collectives import broadcast, broadcast_object, on_rank_0
-from gist_dist.core.step import Trainee
-from gist_dist.guidance import Guidance
-from gist_dist.models.guide_cache import guide_fingerprint
+from gist_dist.training.guide_schedule import Guidance
 
 logger = logging.getLogger(__name__)
 
