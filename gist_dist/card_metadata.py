@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist.common.hub import go_offline_if_unreachable
-from gist_dist.evaluation import result_files
-from gist_dist.evaluation_tasks import registered_tasks
+from gist_dist.evaluation.evaluate import result_files
+from gist_dist.evaluation.tasks import registered_tasks
 from gist_dist.report import Run, TaskRow
 
 DATA_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv", ".arrow")

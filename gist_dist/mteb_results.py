@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
-from gist_dist.evaluation import result_files
-from gist_dist.evaluation_sets import one_line
-from gist_dist.evaluation_tasks import import_mteb
+from gist_dist.evaluation.evaluate import result_files
+from gist_dist.evaluation.local_sets import one_line
+from gist_dist.evaluation.tasks import import_mteb
 from gist_dist.publish import pushed_commit
 
 UNKNOWN_REVISION = "no_revision_available"

@@ -151,7 +151,7 @@ def fuzz_guide_caches(rng: random.Random, place: Path, shared: Path) -> str:
 def fuzz_tasks(rng: random.Random, place: Path, shared: Path) -> str:
     """Evaluation sets of one's own, and folders that stand for MTEB's tasks."""
     from gist_dist.config import EvaluateConfig
-    from gist_dist.evaluation_tasks import check_tasks
+    from gist_dist.evaluation.tasks import check_tasks
 
     name = hostile_data.task(rng, place / "tasks")
     check_tasks(EvaluateConfig(tasks=(name,), local_tasks=str(place / "tasks")))

@@ -16,8 +16,8 @@ from scipy.stats import spearmanr
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import EvaluateConfig, RunConfig
-from gist_dist.evaluation import Score, evaluate_task, read_results
-from gist_dist.evaluation_tasks import check_tasks, load_task
+from gist_dist.evaluation.evaluate import Score, evaluate_task, read_results
+from gist_dist.evaluation.tasks import check_tasks, load_task
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -373,7 +373,7 @@ def test_reading_results_imports_neither_mteb_nor_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, gist_dist.evaluation; print({'mteb', 'torch', 'datasets', 'ray'} & set(sys.modules))"
+    code = "import sys, gist_dist.evaluation.evaluate; print({'mteb', 'torch', 'datasets', 'ray'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -14,7 +14,7 @@ import pytest
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import EvaluateConfig, RunConfig, parse_config
-from gist_dist.evaluation import evaluate_task, read_results
+from gist_dist.evaluation.evaluate import evaluate_task, read_results
 
 SENTENCES = ["old river", "cold valley", "red harbor", "wide lagoon", "new willow", "loud zephyr"]
 
@@ -260,7 +260,7 @@ def test_a_score_of_one_model_never_counts_for_another(model, tmp_path, monkeypa
     """Killed between its files, an evaluation leaves the details of the new model without a result, not an old one."""
     from tiny import save_tiny_model
 
-    from gist_dist import evaluation
+    from gist_dist.evaluation import evaluate as evaluation
 
     write_set(tmp_path / "tasks" / "Ours")
     evaluate, results = EvaluateConfig(local_tasks=str(tmp_path / "tasks")), tmp_path / "results"

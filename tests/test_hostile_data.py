@@ -25,7 +25,7 @@ from gist_dist.data import decode as batches
 from gist_dist.data import formats, merge, places
 from gist_dist.data.corpus import MANIFEST, prepare
 from gist_dist.data.sources import Source
-from gist_dist.evaluation_sets import own_task
+from gist_dist.evaluation.local_sets import own_task
 from gist_dist.models.encoder import Guide, Student
 
 ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]

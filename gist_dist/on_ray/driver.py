@@ -9,8 +9,8 @@ from gist_dist.common.signals import stop_requests
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
-from gist_dist.evaluation import read_results
-from gist_dist.evaluation_tasks import check_tasks
+from gist_dist.evaluation.evaluate import read_results
+from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.model_card import write_model_card
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import guide_fingerprint

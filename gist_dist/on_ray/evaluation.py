@@ -29,15 +29,15 @@ from gist_dist.common.files import write_atomically
 from gist_dist.common.redact import redact_text
 from gist_dist.common.text import PROGRESS_SECONDS, clock, plural
 from gist_dist.config import ClusterConfig, EvaluateConfig, RunConfig
-from gist_dist.evaluation import (
+from gist_dist.evaluation.evaluate import (
     Score,
     evaluate_task,
     finished_score,
     model_identity,
     read_result,
 )
-from gist_dist.evaluation_sets import one_line
-from gist_dist.evaluation_tasks import check_tasks, estimated_characters
+from gist_dist.evaluation.local_sets import one_line
+from gist_dist.evaluation.tasks import check_tasks, estimated_characters
 from gist_dist.mteb_results import Named, export_results
 from gist_dist.on_ray.cluster import connected, gpus_per_worker
 

@@ -83,7 +83,7 @@ def _load_guide(config: RunConfig) -> None:
 def _load_tasks(config: RunConfig) -> None:
     """Where the Hub is out of reach, also their data, which then have to be on the node."""
     from gist_dist.common.hub import go_offline_if_unreachable
-    from gist_dist.evaluation_tasks import check_tasks, load_task
+    from gist_dist.evaluation.tasks import check_tasks, load_task
 
     check_tasks(config.evaluate)
     if go_offline_if_unreachable():

@@ -19,7 +19,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.redact import printable, redact
 from gist_dist.config import RunConfig, parse_config
 from gist_dist.doctor import required_packages
-from gist_dist.evaluation_tasks import check_tasks
+from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.on_ray.jobs import (
     RECIPE_KEY,
     RUN_KEY,

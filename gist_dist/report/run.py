@@ -9,7 +9,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.plain_yaml import load_plain
 from gist_dist.common.redact import redact, redact_text
 from gist_dist.common.untrusted import check_plain, load_plain_json, problem
-from gist_dist.evaluation import Score, read_results
+from gist_dist.evaluation.evaluate import Score, read_results
 from gist_dist.report.shapes import DATA, EXAMPLES, FAILURES, RECIPE, STEP
 
 CHECKPOINT_COMPLAINTS = (" is damaged (", "the next checkpoint tries again")

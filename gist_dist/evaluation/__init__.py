@@ -1,0 +1,1 @@
+"""MTEB tasks and local sets: one task scored, results read back."""
