@@ -1,4 +1,4 @@
-"""Does a step's time grow as gist_dist/scaling.py says?
+"""Does a step's time grow as gist_dist/planning/cost_model.py says?
 
     python benchmarks/scaling_shape.py            about 4 minutes on one core
 
@@ -76,8 +76,8 @@ def measure(rows: int, width: int, repeats: int) -> dict:
     from gist_dist.core.step import Trainee, train_step
     from gist_dist.data.corpus import prepare
     from gist_dist.data.sampler import Sampler
-    from gist_dist.model_shape import model_shape
     from gist_dist.models.encoder import Guide, Student
+    from gist_dist.planning.model_shape import model_shape
 
     with tempfile.TemporaryDirectory() as folder:
         models = [str(random_encoder(Path(folder) / name, width)) for name in ("student", "guide")]

@@ -1,10 +1,10 @@
-"""The tables of docs/scaling.md, from the model in gist_dist/scaling.py.
+"""The tables of docs/scaling.md, from the model in gist_dist/planning/cost_model.py.
 
 python benchmarks/scaling_table.py           prints them, at once
 """
 
-from gist_dist.model_shape import ModelShape
-from gist_dist.scaling import GPUS, Estimate, Workload, estimate
+from gist_dist.planning.cost_model import GPUS, Estimate, Workload, estimate
+from gist_dist.planning.model_shape import ModelShape
 
 STUDENT = ModelShape("BAAI/bge-base-en-v1.5", 109_482_240, 85_054_464, 768, 768, 12)
 GUIDE = ModelShape("WhereIsAI/UAE-Large-V1", 335_141_888, 302_309_376, 1024, 1024, 24)

@@ -218,13 +218,13 @@ def _train(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     config = _recipe(arguments)
     print(f"gist_dist {__version__}: planning {config.name}", file=sys.stderr, flush=True)
-    from gist_dist.scaling import check_gpus, plan_lines
+    from gist_dist.planning.cost_model import check_gpus, plan_lines
 
     if arguments.gpus is not None:
         check_gpus(arguments.gpus, arguments.gpu_kind)
     from gist_dist.live import live_view
     from gist_dist.on_ray.driver import prepare
-    from gist_dist.preview import preview
+    from gist_dist.planning.preview import preview
 
     config = config.absolute_paths()
     with live_view(config.name):
@@ -236,7 +236,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _render(arguments: argparse.Namespace) -> int:
-    from gist_dist.cluster_files import default_values, load_values, render
+    from gist_dist.planning.manifests import default_values, load_values, render
 
     if arguments.target == "values":
         text = default_values()

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from gist_dist.cli import main
-from gist_dist.cluster_files import TEMPLATES, default_values, lay_out, load_values, render
 from gist_dist.common.errors import UserError
 from gist_dist.config import load_recipe
+from gist_dist.planning.manifests import TEMPLATES, default_values, lay_out, load_values, render
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = "gistembed-base"

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import yaml
 
-from gist_dist import preview as module
 from gist_dist.cli import main
 from gist_dist.config import RunConfig, parse_config
 from gist_dist.data.sampler import Sampler
@@ -16,7 +15,8 @@ from gist_dist.data.statistics import repeated_texts
 from gist_dist.models.encoder import Guide
 from gist_dist.models.guide_cache import fill, open_guide_cache
 from gist_dist.on_ray.driver import prepare
-from gist_dist.preview import Preview, preview
+from gist_dist.planning import preview as module
+from gist_dist.planning.preview import Preview, preview
 from gist_dist.report import build_report
 from gist_dist.runs.folder import RunFolder
 

@@ -16,9 +16,9 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import LossConfig, parse_config
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.plan import cut_chunks, deal, plan_batch
-from gist_dist.model_shape import ModelShape, model_shape
 from gist_dist.models.encoder import Student
-from gist_dist.scaling import GPUS, Workload, busiest_rows, check_gpus, estimate, estimate_lines, workload
+from gist_dist.planning.cost_model import GPUS, Workload, busiest_rows, check_gpus, estimate, estimate_lines, workload
+from gist_dist.planning.model_shape import ModelShape, model_shape
 
 BASE = ModelShape("base", 109_000_000, 85_600_000, 768, 768, 12)
 LARGE = ModelShape("large", 335_000_000, 303_000_000, 1024, 1024, 24)
@@ -220,7 +220,7 @@ def test_too_large_a_batch_and_idle_gpus_are_told():
 
 def test_workload_is_that_of_the_plan(recipe):
     from gist_dist.on_ray.driver import prepare
-    from gist_dist.preview import preview
+    from gist_dist.planning.preview import preview
 
     config = parse_config(recipe)
     planned = preview(config, *prepare(config))

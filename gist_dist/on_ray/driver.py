@@ -21,7 +21,7 @@ from gist_dist.on_ray.fit import fit
 from gist_dist.on_ray.precompute import precompute
 from gist_dist.on_ray.prepare import prepare_on_ray
 from gist_dist.on_ray.triplets import resolve_classification
-from gist_dist.outline import outline
+from gist_dist.planning.outline import outline
 from gist_dist.publish import check_hub, push_model
 from gist_dist.report import Summary, build_report
 from gist_dist.runs.folder import RunFolder

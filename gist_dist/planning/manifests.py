@@ -21,8 +21,8 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.plain_yaml import load_plain
 from gist_dist.common.redact import printable
 from gist_dist.config import RunConfig, Section
-from gist_dist.model_shape import model_shape
-from gist_dist.scaling import host_memory
+from gist_dist.planning.cost_model import host_memory
+from gist_dist.planning.model_shape import model_shape
 
 TARGETS = {
     "kuberay": "a RayJob with its storage claim: Kubernetes runs the recipe to its end",

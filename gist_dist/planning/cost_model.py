@@ -11,7 +11,7 @@ from typing import Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
-from gist_dist.model_shape import ModelShape, model_shape
+from gist_dist.planning.model_shape import ModelShape, model_shape
 
 # Axes:  g rows   u unique texts   d student width   e guide width   P parameters   W workers, one GPU each
 
