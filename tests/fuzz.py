@@ -196,8 +196,8 @@ def fuzz_reports(rng: random.Random, place: Path, shared: Path) -> str:
 
 def fuzz_runs(rng: random.Random, place: Path, shared: Path) -> str:
     """The folder of a run with damaged, missing and edited files: its report, its card, a comparison with it."""
-    from gist_dist.model_card import write_model_card
     from gist_dist.report import read_run, summarize
+    from gist_dist.report.model_card import write_model_card
     from gist_dist.report.page import render_report
 
     run = hostile_data.damaged_run(rng, place / "run")

@@ -219,8 +219,8 @@ MARKUP = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{7*7}}"
 def test_the_report_and_the_card_escape_what_texts_bring(tmp_path):
     from test_report import make_run, write_result
 
-    from gist_dist.model_card import write_model_card
     from gist_dist.report import build_report
+    from gist_dist.report.model_card import write_model_card
 
     run = make_run(tmp_path / "run", steps=20)
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -14,8 +14,8 @@ import yaml
 from gist_dist.common.errors import UserError
 from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.config import HubConfig, RunConfig, parse_config
-from gist_dist.model_card import write_model_card
-from gist_dist.publish import check_hub, push_model, pushed_commit
+from gist_dist.report.model_card import write_model_card
+from gist_dist.report.publish import check_hub, push_model, pushed_commit
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
@@ -281,7 +281,7 @@ def test_a_push_that_fails_says_how_to_push_by_hand(hub, tmp_path, caplog):
     hub.refuse = True
     config, run = make_run(tmp_path, **hub_recipe())
     assert push_model(config, run) is None and pushed_commit(run, "me/my-model") is None
-    (message,) = (record.getMessage() for record in caplog.records if record.name == "gist_dist.publish")
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "gist_dist.report.publish")
     assert message.startswith("the model was not pushed to me/my-model (") and "\n" not in message
     assert message.endswith(f"; to push it by hand: hf upload me/my-model {run / 'model'} . --private")
     assert "hf_abc" not in message

@@ -9,8 +9,8 @@ from test_evaluation_faults import write_set
 from gist_dist.common.errors import UserError
 from gist_dist.config import EvaluateConfig, parse_config
 from gist_dist.evaluation.evaluate import evaluate_task, model_identity, read_results
-from gist_dist.mteb_results import export_run
-from gist_dist.publish import HUB_NAME
+from gist_dist.report.mteb_export import export_run
+from gist_dist.report.publish import HUB_NAME
 
 TASKS = ("OurPairs", "STS13")
 COMMIT = "fedcba9876543210fedcba9876543210fedcba98"

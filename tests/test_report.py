@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from gist_dist.common.errors import UserError
-from gist_dist.model_card import write_model_card
 from gist_dist.report import TaskRow, build_report, judge, read_run, summarize
+from gist_dist.report.model_card import write_model_card
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 HOSTILE = "<script>alert('x')</script>"
@@ -450,7 +450,7 @@ def test_long_run_makes_no_larger_page(tmp_path):
 
 def test_report_needs_neither_torch_nor_ray_nor_mteb():
     code = (
-        "import sys, gist_dist.report, gist_dist.model_card\n"
+        "import sys, gist_dist.report, gist_dist.report.model_card\n"
         "print(sorted({'torch', 'ray', 'mteb', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,10 +11,8 @@ from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.evaluation.evaluate import read_results
 from gist_dist.evaluation.tasks import check_tasks
-from gist_dist.model_card import write_model_card
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import guide_fingerprint
-from gist_dist.mteb_results import export_run
 from gist_dist.on_ray.cluster import check_resources, connected
 from gist_dist.on_ray.evaluation import evaluate_models
 from gist_dist.on_ray.fit import fit
@@ -22,8 +20,10 @@ from gist_dist.on_ray.precompute import precompute
 from gist_dist.on_ray.prepare import prepare_on_ray
 from gist_dist.on_ray.triplets import resolve_classification
 from gist_dist.planning.outline import outline
-from gist_dist.publish import check_hub, push_model
 from gist_dist.report import Summary, build_report
+from gist_dist.report.model_card import write_model_card
+from gist_dist.report.mteb_export import export_run
+from gist_dist.report.publish import check_hub, push_model
 from gist_dist.runs.folder import RunFolder
 from gist_dist.runs.lock import RunLock, locked
 from gist_dist.training.trackers import check_trackers, track_scores

@@ -13,8 +13,8 @@ from typing import Any
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.common.text import plain, plural, signed, text_table
-from gist_dist.plots import BLOCKS, LINES, overlay_plots
 from gist_dist.report.page import render
+from gist_dist.report.plots import BLOCKS, LINES, overlay_plots
 from gist_dist.report.run import Run, difference, jsonable, read_run
 from gist_dist.report.training import summarize_training
 from gist_dist.report.verdict import judge, mean_of_points

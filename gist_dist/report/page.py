@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from gist_dist.common.text import FILTERS, duration
-from gist_dist.plots import BLOCKS, Plot
+from gist_dist.report.plots import BLOCKS, Plot
 from gist_dist.report.run import Run
 
 SECTIONS = ("training", "masking", "speed")

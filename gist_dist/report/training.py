@@ -4,7 +4,7 @@ import math
 from statistics import fmean, median
 from typing import Any
 
-from gist_dist.plots import BLOCKS, is_finite
+from gist_dist.report.plots import BLOCKS, is_finite
 from gist_dist.report.run import Run
 
 

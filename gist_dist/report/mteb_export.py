@@ -14,7 +14,7 @@ from gist_dist.config import RunConfig
 from gist_dist.evaluation.evaluate import result_files
 from gist_dist.evaluation.local_sets import one_line
 from gist_dist.evaluation.tasks import import_mteb
-from gist_dist.publish import pushed_commit
+from gist_dist.report.publish import pushed_commit
 
 UNKNOWN_REVISION = "no_revision_available"
 """What MTEB writes where it knows none."""

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from gist_dist.card_metadata import licence_on_hub, metadata_yaml, on_hub
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.report import Run, judge, read_run
+from gist_dist.report.card_metadata import licence_on_hub, metadata_yaml, on_hub
 from gist_dist.report.run import read_json
 from gist_dist.report.shapes import MODULES, POOLING_SETTINGS, TOKENIZER_SETTINGS
 
