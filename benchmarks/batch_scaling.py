@@ -157,7 +157,7 @@ def draw_steps(axes: Any, results: list[dict[str, Any]]) -> None:
 
 def quality(arguments: argparse.Namespace) -> None:
     from gist_dist.config import parse_config
-    from gist_dist.on_ray.cluster import connected
+    from gist_dist.on_ray.cluster.connect import connected
     from gist_dist.on_ray.driver import train_and_evaluate
 
     if not (arguments.data_folder.is_dir() and arguments.tasks_folder.is_dir()):

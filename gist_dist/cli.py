@@ -273,7 +273,7 @@ def _mine(arguments: argparse.Namespace) -> int:
     )
     from gist_dist.data.mining import MineOptions
     from gist_dist.live import live_view
-    from gist_dist.on_ray.mine import mine
+    from gist_dist.on_ray.tasks.mine import mine
 
     options = {field.name: getattr(arguments, field.name) for field in fields(MineOptions)}
     with live_view(config.name):
@@ -288,7 +288,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     options |= {"task_timeout_minutes": arguments.task_timeout}
     evaluate = parse_section(EvaluateConfig, options, "gist-dist evaluate")
     from gist_dist.live import live_view
-    from gist_dist.on_ray.evaluation import evaluate_one_model
+    from gist_dist.on_ray.tasks.evaluation import evaluate_one_model
 
     output = Path(arguments.output).absolute()
     with live_view(arguments.model):
@@ -319,7 +319,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     address = arguments.address or next((a for a in known if a.startswith("http")), None)
     if not address:
         raise UserError("--address is missing: the dashboard of the cluster, such as http://HEAD:8265")
-    from gist_dist.on_ray import submit
+    from gist_dist.on_ray.jobs import submit
 
     target = submit.Target(address, arguments.token_file, tuple(arguments.env))
     if config:
@@ -334,10 +334,10 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     config = _recipe(arguments) if arguments.recipe else None
     if arguments.address and arguments.address.startswith(("http://", "https://")):
-        from gist_dist.on_ray.submit import Target, submit_doctor
+        from gist_dist.on_ray.jobs.submit import Target, submit_doctor
 
         return submit_doctor(config, arguments.output_dir, Target(arguments.address, arguments.token_file))
-    from gist_dist.on_ray.doctor import examine
+    from gist_dist.on_ray.doctor.examine import examine
 
     verdict = examine(arguments.address, config, arguments.output_dir)
     _say(verdict.lines())

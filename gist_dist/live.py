@@ -28,12 +28,12 @@ PROGRESS = re.compile(r" left$")
 PHASES = {
     "gist_dist.on_ray.driver": "preparing data",
     "gist_dist.data": "preparing data",
-    "gist_dist.on_ray.prepare": "preparing data",
+    "gist_dist.on_ray.tasks.prepare": "preparing data",
     "gist_dist.models.guide_cache": "guide embeddings",
-    "gist_dist.on_ray.precompute": "guide embeddings",
-    "gist_dist.on_ray.mine": "hard negatives",
-    "gist_dist.on_ray.fit": "training",
-    "gist_dist.on_ray.evaluation": "evaluating",
+    "gist_dist.on_ray.tasks.precompute": "guide embeddings",
+    "gist_dist.on_ray.tasks.mine": "hard negatives",
+    "gist_dist.on_ray.train.fit": "training",
+    "gist_dist.on_ray.tasks.evaluation": "evaluating",
 }
 """Whose lines tell that a phase has begun; the longest name counts."""
 SHOWN_STEPS = 20

@@ -50,7 +50,7 @@ def shared_data() -> Path:
 def ray_session():
     """One local Ray for all tests that need one."""
     from gist_dist.config import ClusterConfig
-    from gist_dist.on_ray.cluster import connected
+    from gist_dist.on_ray.cluster.connect import connected
 
     with connected(ClusterConfig()) as resources:
         yield resources

@@ -239,7 +239,7 @@ def good_recipe(place: Path, shared: Path) -> dict[str, Any]:
 def prepare(config: RunConfig) -> Any:
     from gist_dist.data.corpus import prepare
     from gist_dist.models.encoder import Guide, Student
-    from gist_dist.on_ray.triplets import resolve_classification
+    from gist_dist.on_ray.tasks.triplets import resolve_classification
 
     student = loaded(Student, config.model_dump_json(include={"name", "student", "data"}))
     guide = (

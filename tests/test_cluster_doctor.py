@@ -15,8 +15,8 @@ from ray_head import Head, end, plain_environment, ray_head
 from tiny import recipe, run_group, save_tiny_model, write_jsonl
 
 from gist_dist.config import parse_config
-from gist_dist.doctor import Finding, Verdict, describe_node
-from gist_dist.on_ray.bandwidth import gather_seconds
+from gist_dist.on_ray.doctor.bandwidth import gather_seconds
+from gist_dist.on_ray.doctor.machine import Finding, Verdict, describe_node
 
 pytestmark = pytest.mark.ray
 
@@ -36,7 +36,7 @@ def tree(tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def processes(ray_session):
     """On each node one, for all tests: it takes its time to import what loads models."""
-    from gist_dist.on_ray.nodes import Nodes
+    from gist_dist.on_ray.doctor.nodes import Nodes
 
     nodes = Nodes()
     yield nodes
@@ -52,7 +52,7 @@ def nodes(processes, monkeypatch):
 
 def test_a_good_cluster_is_found_ready(nodes, tree, monkeypatch):
     """But for the gathering: a Ray Train run is for the tests of two nodes."""
-    from gist_dist.on_ray import doctor
+    from gist_dist.on_ray.doctor import examine as doctor
 
     asked = []
     monkeypatch.setattr(doctor, "Nodes", lambda: nodes)
@@ -94,7 +94,7 @@ def test_what_a_node_lacks_is_named_with_a_remedy(nodes, tree, tmp_path):
 
 
 def test_versions_clocks_and_gpus_that_differ_are_findings():
-    from gist_dist.on_ray.nodes import Nodes
+    from gist_dist.on_ray.doctor.nodes import Nodes
 
     nodes = Nodes.__new__(Nodes)  # of nodes that nobody has: described by hand
     nodes.findings, nodes.names = [], {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3"}

@@ -5,11 +5,11 @@ from importlib import metadata
 
 import pytest
 
-from gist_dist import doctor
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig
-from gist_dist.doctor import Finding, Verdict
+from gist_dist.on_ray.doctor import machine as doctor
+from gist_dist.on_ray.doctor.machine import Finding, Verdict
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def states(findings: list[Finding]) -> dict[str, str]:
 
 @pytest.mark.ray
 def test_this_machine_is_healthy(ray_session):
-    from gist_dist.on_ray.doctor import examine
+    from gist_dist.on_ray.doctor.examine import examine
 
     verdict = examine()
     found = states(verdict.findings)
@@ -37,7 +37,7 @@ def test_this_machine_is_healthy(ray_session):
 
 
 def test_a_cluster_that_is_not_there_fails_at_once():
-    from gist_dist.on_ray.cluster import _remote
+    from gist_dist.on_ray.cluster.connect import _remote
 
     for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):
         with pytest.raises(UserError, match=f"cluster.address = {address}: no Ray cluster answers there: .*refused"):
@@ -67,7 +67,7 @@ def test_what_breaks_while_looking_is_a_finding_and_the_exit_status(monkeypatch,
     def broken():
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("gist_dist.on_ray.doctor.examine_local_ray", broken)
+    monkeypatch.setattr("gist_dist.on_ray.doctor.examine.examine_local_ray", broken)
     assert main(["doctor"]) == 1
     page = capsys.readouterr().out
     assert "fail  Ray" in page and "RuntimeError: no such thing" in page and "not ready: 1 failed" in page

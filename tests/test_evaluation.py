@@ -385,7 +385,7 @@ def test_reading_results_imports_neither_mteb_nor_torch() -> None:
 def test_one_failing_task_does_not_lose_the_others(
     ray_session: None, one_layer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from gist_dist.on_ray.evaluation import evaluate_models
+    from gist_dist.on_ray.tasks.evaluation import evaluate_models
 
     tasks = tmp_path / "tasks"
     write(tasks / "OurPairs" / "test.csv", sts_rows())

@@ -72,7 +72,7 @@ class Starts(logging.Handler):
 
 @pytest.fixture
 def starts():
-    logger = logging.getLogger("gist_dist.on_ray.evaluation")
+    logger = logging.getLogger("gist_dist.on_ray.tasks.evaluation")
     before, handlers = logger.level, []
 
     def watch(on_start=lambda task, process: None) -> Starts:
@@ -110,7 +110,7 @@ def cpus_are_free(total: float, within_s: float = 20) -> bool:
 
 @pytest.mark.ray
 def test_a_killed_task_is_run_again_and_one_without_data_fails_alone(ray_session, model, tmp_path, starts, caplog):
-    from gist_dist.on_ray.evaluation import evaluate_models
+    from gist_dist.on_ray.tasks.evaluation import evaluate_models
 
     tasks = tmp_path / "tasks"
     write_endless_set(tasks / "Killed")
@@ -150,7 +150,7 @@ def test_a_killed_task_is_run_again_and_one_without_data_fails_alone(ray_session
 
 @pytest.mark.ray
 def test_a_task_that_never_ends_is_ended_at_its_limit(ray_session, model, tmp_path, starts):
-    from gist_dist.on_ray.evaluation import evaluate_models
+    from gist_dist.on_ray.tasks.evaluation import evaluate_models
 
     write_endless_set(tmp_path / "tasks" / "Endless")
     config = recipe(tmp_path, model, "Endless", task_timeout_minutes=0.05)
@@ -167,7 +167,7 @@ def test_a_task_that_never_ends_is_ended_at_its_limit(ray_session, model, tmp_pa
 
 @pytest.mark.ray
 def test_a_task_whose_process_always_dies_fails_after_three_attempts(ray_session, model, tmp_path, starts):
-    from gist_dist.on_ray.evaluation import evaluate_models
+    from gist_dist.on_ray.tasks.evaluation import evaluate_models
 
     write_endless_set(tmp_path / "tasks" / "Deadly")
     watch = starts(lambda task, process: os.kill(process, signal.SIGKILL))
@@ -180,7 +180,7 @@ def test_a_task_whose_process_always_dies_fails_after_three_attempts(ray_session
 
 @pytest.mark.ray
 def test_an_interrupted_evaluation_keeps_what_is_done_and_frees_what_runs(ray_session, model, tmp_path, starts):
-    from gist_dist.on_ray.evaluation import evaluate_models
+    from gist_dist.on_ray.tasks.evaluation import evaluate_models
 
     write_set(tmp_path / "tasks" / "Fine")
     write_endless_set(tmp_path / "tasks" / "Endless")

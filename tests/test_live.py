@@ -34,7 +34,7 @@ def training_view(folder: Path) -> View:
     (folder / "data.json").write_text(json.dumps({"steps": 100}))
     (folder / "metrics.jsonl").write_text("")
     view = View("my-run", folder)
-    view.hear("gist_dist.on_ray.fit", "starting 2 workers on Ray")
+    view.hear("gist_dist.on_ray.train.fit", "starting 2 workers on Ray")
     return view
 
 
@@ -89,7 +89,7 @@ def test_lines_of_progress_replace_each_other_and_all_others_stay():
     kept = console.file.getvalue()
     assert "loading models" in kept and "[bold]source[/bold]: 3 rows dropped" in kept and "1 of 4 parts" not in kept
     assert "preparing data" in shown(view) and "1 of 4 parts, about 3 s left" in shown(view)
-    view.hear("gist_dist.on_ray.evaluation", "evaluating trained on 2 tasks")
+    view.hear("gist_dist.on_ray.tasks.evaluation", "evaluating trained on 2 tasks")
     assert "evaluating" in shown(view) and "1 of 4 parts" not in shown(view)
 
 
@@ -146,7 +146,7 @@ def test_a_whole_run_in_a_terminal(tmp_path):
 
 def test_time_left_of_evaluations_is_told_by_their_text_once_that_says_something(tmp_path):
     from gist_dist.config import EvaluateConfig
-    from gist_dist.on_ray.evaluation import Job, _Progress
+    from gist_dist.on_ray.tasks.evaluation import Job, _Progress
 
     for name, rows in (("Small", 2), ("Large", 200), ("Larger", 400)):
         (tmp_path / name).mkdir()

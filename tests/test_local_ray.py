@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from gist_dist.on_ray.local_ray import OWNER, PREFIX, SETTLED_SECONDS, remove_left_folders, temporary_folder
+from gist_dist.on_ray.cluster.local_ray import OWNER, PREFIX, SETTLED_SECONDS, remove_left_folders, temporary_folder
 
 HOLD = """
 import sys, time
 from pathlib import Path
 import tempfile
-from gist_dist.on_ray import local_ray
+from gist_dist.on_ray.cluster import local_ray
 local_ray.Path = lambda *parts: Path(*parts) if parts != ("/tmp",) else Path(sys.argv[1])
 with local_ray.temporary_folder() as folder:
     folder.mkdir()
@@ -72,7 +72,7 @@ import json, os, sys, types, time
 import ray._private.node as node, ray._private.services as services
 from gist_dist.config import ClusterConfig
 from gist_dist.common.errors import UserError
-from gist_dist.on_ray.cluster import connected
+from gist_dist.on_ray.cluster.connect import connected
 
 late, tries, get_node = int(sys.argv[1]), [], services.get_node
 clock = iter(range(0, 10**6, 20))  # seconds pass quickly while Ray waits for its processes

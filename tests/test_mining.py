@@ -321,7 +321,7 @@ def texts_of(corpus: Corpus) -> list[tuple[str, str, list[str]]]:
 
 @pytest.mark.ray
 def test_mined_sources_load_with_their_negatives(ray_session, tmp_path, monkeypatch):
-    from gist_dist.on_ray import mine as module
+    from gist_dist.on_ray.tasks import mine as module
 
     monkeypatch.setattr(gist_dist.data.mining, "ANCHORS_AT_ONCE", 40)  # several Ray tasks
     save_tiny_model(tmp_path / "student")
@@ -384,7 +384,7 @@ def test_mined_sources_load_with_their_negatives(ray_session, tmp_path, monkeypa
 
 
 def test_report_says_who_got_fewer_and_why(tmp_path):
-    from gist_dist.on_ray.mine import MiningReport
+    from gist_dist.on_ray.tasks.mine import MiningReport
 
     counts = {"mined": 5, "rows": 3, "anchors": 3, "pool": 9, "negatives": 2, "seconds": {"search": 0.5}}
     counts |= {"positive_similarity": 0.75, "negative_similarity": 0.5, "short": {"relative_margin": 1200, "rank": 2}}
@@ -397,7 +397,7 @@ def test_report_says_who_got_fewer_and_why(tmp_path):
 
 
 def test_mining_needs_a_model_and_rows_with_positives(tmp_path):
-    from gist_dist.on_ray.mine import mine
+    from gist_dist.on_ray.tasks.mine import mine
 
     without = parse_config(recipe(tmp_path, save_tiny_model(tmp_path / "student"), None, tmp_path / "rows.jsonl"))
     with pytest.raises(UserError, match=r"no guide model to score with; set guide.model or give --model"):

@@ -19,7 +19,7 @@ from tiny_runs import Runs, assert_same_run, run_dir
 
 from gist_dist.config import EvaluateConfig, parse_config
 from gist_dist.evaluation.evaluate import evaluate_task, read_results
-from gist_dist.on_ray.network import interface_of
+from gist_dist.on_ray.cluster.network import interface_of
 
 pytestmark = pytest.mark.ray
 

@@ -12,7 +12,7 @@ from tiny import recipe, save_tiny_model, write_jsonl
 
 from gist_dist.config import parse_config
 from gist_dist.on_ray.driver import Stopped, train_and_evaluate
-from gist_dist.on_ray.operator_metrics import SERIES, OperatorMetrics
+from gist_dist.on_ray.train.prometheus import SERIES, OperatorMetrics
 from gist_dist.training.metrics import read_metrics
 
 LINE = {

@@ -21,9 +21,9 @@ from gist_dist.data.corpus import prepare
 from gist_dist.models import guide_cache
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import open_guide_cache
-from gist_dist.on_ray import precompute as module
-from gist_dist.on_ray.precompute import precompute, precompute_inputs
-from gist_dist.on_ray.triplets import resolve_classification
+from gist_dist.on_ray.tasks import precompute as module
+from gist_dist.on_ray.tasks.precompute import precompute, precompute_inputs
+from gist_dist.on_ray.tasks.triplets import resolve_classification
 
 pytestmark = pytest.mark.ray
 

@@ -178,7 +178,7 @@ def test_train_is_refused_where_another_command_trains(tmp_path, hold, capsys):
 
 
 def test_a_worker_of_a_command_that_was_replaced_ends_without_writing(tmp_path, monkeypatch):
-    from gist_dist.on_ray.worker import Wants
+    from gist_dist.on_ray.train.worker import Wants
 
     class Ended(Exception):
         pass
@@ -187,7 +187,7 @@ def test_a_worker_of_a_command_that_was_replaced_ends_without_writing(tmp_path, 
         raise Ended
 
     monkeypatch.setattr("os._exit", end)
-    monkeypatch.setattr("gist_dist.on_ray.worker.preemption_notice", lambda: None)
+    monkeypatch.setattr("gist_dist.on_ray.train.worker.preemption_notice", lambda: None)
     with locked(tmp_path) as lock:
         assert Wants(tmp_path, 0, lock.token)() is None
     with locked(tmp_path) as other:

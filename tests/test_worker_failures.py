@@ -23,11 +23,11 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from gist_dist.common.errors import UserError
 from gist_dist.common.signals import StopRequests
 from gist_dist.config import BatchConfig, RunConfig, parse_config
-from gist_dist.on_ray import worker
-from gist_dist.on_ray.controller import RetryPolicy
-from gist_dist.on_ray.failures import OutOfMemory, classify, memory_sentence, out_of_memory, phase_of, steps_done
-from gist_dist.on_ray.messages import RESIZE, STOP, post, withdraw
-from gist_dist.on_ray.worker import Wants
+from gist_dist.on_ray.train import worker
+from gist_dist.on_ray.train.controller import RetryPolicy
+from gist_dist.on_ray.train.failures import OutOfMemory, classify, memory_sentence, out_of_memory, phase_of, steps_done
+from gist_dist.on_ray.train.messages import RESIZE, STOP, post, withdraw
+from gist_dist.on_ray.train.worker import Wants
 
 BATCH = BatchConfig(chunk_tokens=512, activation_gb=3, loss_gb=0.5)
 
@@ -158,7 +158,7 @@ def test_memory_sentence_names_the_budget_of_the_phase(phase, first):
 
 
 def test_workers_that_were_killed_too_often_are_told_of_in_one_sentence(tmp_path):
-    from gist_dist.on_ray.fit import _explain
+    from gist_dist.on_ray.train.fit import _explain
 
     config = parse_config(tiny.recipe(tmp_path, tmp_path, None, tmp_path / "rows.jsonl", batch=BATCH.model_dump()))
     assert _explain(group_error(r1=killed()), config, tmp_path / "train.log") == (
@@ -252,7 +252,7 @@ def fitted(ray_session, tmp_path, monkeypatch):
     """fit() with a train function of a test on two real workers, without models."""
     import sys
 
-    from gist_dist.on_ray import fit as module
+    from gist_dist.on_ray.train import fit as module
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

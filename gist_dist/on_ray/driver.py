@@ -13,12 +13,12 @@ from gist_dist.evaluation.evaluate import read_results
 from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import guide_fingerprint
-from gist_dist.on_ray.cluster import check_resources, connected
-from gist_dist.on_ray.evaluation import evaluate_models
-from gist_dist.on_ray.fit import fit
-from gist_dist.on_ray.precompute import precompute
-from gist_dist.on_ray.prepare import prepare_on_ray
-from gist_dist.on_ray.triplets import resolve_classification
+from gist_dist.on_ray.cluster.connect import check_resources, connected
+from gist_dist.on_ray.tasks.evaluation import evaluate_models
+from gist_dist.on_ray.tasks.precompute import precompute
+from gist_dist.on_ray.tasks.prepare import prepare_on_ray
+from gist_dist.on_ray.tasks.triplets import resolve_classification
+from gist_dist.on_ray.train.fit import fit
 from gist_dist.planning.outline import outline
 from gist_dist.report import Summary, build_report
 from gist_dist.report.model_card import write_model_card

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from gist_dist.common.errors import UserError, in_one_line
 from gist_dist.common.storage import join, open_store
 from gist_dist.config import RunConfig, parse_config
-from gist_dist.doctor import MIN_FREE_GB, MIN_MEMORY_GB, MIN_SHM_GB, Finding, describe_node
+from gist_dist.on_ray.doctor.machine import MIN_FREE_GB, MIN_MEMORY_GB, MIN_SHM_GB, Finding, describe_node
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ from gist_dist import __version__
 from gist_dist.common.errors import UserError
 from gist_dist.common.redact import printable, redact
 from gist_dist.config import RunConfig, parse_config
-from gist_dist.doctor import required_packages
 from gist_dist.evaluation.tasks import check_tasks
-from gist_dist.on_ray.jobs import (
+from gist_dist.on_ray.cluster.capacity import check_room
+from gist_dist.on_ray.doctor.machine import required_packages
+from gist_dist.on_ray.jobs.client import (
     RECIPE_KEY,
     RUN_KEY,
     STOPPED_STATUS,
@@ -36,7 +37,7 @@ from gist_dist.on_ray.jobs import (
     jobs_of,
     probe_cluster,
 )
-from gist_dist.on_ray.package import (
+from gist_dist.on_ray.jobs.package import (
     RECIPE_NAME,
     LocalSource,
     asked_places,
@@ -46,7 +47,6 @@ from gist_dist.on_ray.package import (
     pack,
     written_folders,
 )
-from gist_dist.on_ray.room import check_room
 
 STOP_WAIT_S = 300
 """Between Ray's SIGTERM and its SIGKILL: time to end the step and write a checkpoint."""

@@ -15,8 +15,8 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from gist_dist.common.redact import redact_text
-from gist_dist.on_ray.failures import Failure, classify, one_line, steps_done
-from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, posted, withdraw
+from gist_dist.on_ray.train.failures import Failure, classify, one_line, steps_done
+from gist_dist.on_ray.train.messages import READY, RESIZE, STOP, post, posted, withdraw
 
 logger = logging.getLogger(__name__)
 

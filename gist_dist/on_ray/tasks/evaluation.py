@@ -38,7 +38,7 @@ from gist_dist.evaluation.evaluate import (
 )
 from gist_dist.evaluation.local_sets import one_line
 from gist_dist.evaluation.tasks import check_tasks, estimated_characters
-from gist_dist.on_ray.cluster import connected, gpus_per_worker
+from gist_dist.on_ray.cluster.connect import connected, gpus_per_worker
 from gist_dist.report.mteb_export import Named, export_results
 
 logger = logging.getLogger(__name__)

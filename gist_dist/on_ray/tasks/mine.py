@@ -35,9 +35,9 @@ from gist_dist.data.corpus import Corpus
 from gist_dist.data.mining import REASONS, Mined, MineOptions, Search, mine_block, plan_corpus_search
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import GuideCache, guide_fingerprint
-from gist_dist.on_ray.cluster import check_resources, connected, gpus_per_worker
-from gist_dist.on_ray.precompute import precompute
-from gist_dist.on_ray.prepare import prepare_on_ray
+from gist_dist.on_ray.cluster.connect import check_resources, connected, gpus_per_worker
+from gist_dist.on_ray.tasks.precompute import precompute
+from gist_dist.on_ray.tasks.prepare import prepare_on_ray
 
 logger = logging.getLogger(__name__)
 

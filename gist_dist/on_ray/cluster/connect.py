@@ -14,7 +14,7 @@ from typing import Any
 from gist_dist.common.errors import UserError, in_one_line
 from gist_dist.common.signals import handled
 from gist_dist.config import ClusterConfig
-from gist_dist.on_ray import local_ray
+from gist_dist.on_ray.cluster import local_ray
 
 logger = logging.getLogger(__name__)
 

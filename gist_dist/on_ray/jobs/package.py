@@ -16,7 +16,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig, SourceConfig
 from gist_dist.data.places import find_files
 from gist_dist.data.sources import Source
-from gist_dist.on_ray.probe import measure
+from gist_dist.on_ray.jobs.probe import measure
 
 MAX_DATA_BYTES = 64 * 2**20
 """Ray takes 100 MiB for a package; and so much the driver still prepares itself, on the node that has the files."""

@@ -16,7 +16,7 @@ from gist_dist.data.triplets import make_triplets, triplet_source, write_triplet
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import guide_fingerprint, open_guide_cache
 from gist_dist.models.tokenizer import token_keys
-from gist_dist.on_ray.precompute import precompute_inputs
+from gist_dist.on_ray.tasks.precompute import precompute_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from gist_dist.config import ClusterConfig, RunConfig
 from gist_dist.data.corpus import Corpus, prepare, run_in_process
 from gist_dist.data.formats import HubRows
 from gist_dist.data.shards import Commit, Job
-from gist_dist.on_ray.cluster import connected
+from gist_dist.on_ray.cluster.connect import connected
 
 if TYPE_CHECKING:  # tasks import this module, and need no torch
     from gist_dist.models.encoder import Encoder

@@ -7,7 +7,7 @@ from typing import Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig
-from gist_dist.on_ray.cluster import cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.cluster.connect import cpus_per_worker, gpus_per_worker
 
 KEYS = {"CPU": "cpus", "GPU": "gpus"}
 

@@ -38,7 +38,7 @@ from gist_dist.models.guide_cache import (
     write_shard,
 )
 from gist_dist.models.tokenizer import Tokens, token_keys
-from gist_dist.on_ray.cluster import address_of, check_resources, connected, gpus_per_worker
+from gist_dist.on_ray.cluster.connect import address_of, check_resources, connected, gpus_per_worker
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import ray
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig, RunConfig
-from gist_dist.doctor import Finding, Verdict, examine_machine
-from gist_dist.on_ray.bandwidth import measure_gather
-from gist_dist.on_ray.cluster import check_resources, connected, cpus_per_worker, gpus_per_worker
-from gist_dist.on_ray.nodes import Nodes
+from gist_dist.on_ray.cluster.connect import check_resources, connected, cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.doctor.bandwidth import measure_gather
+from gist_dist.on_ray.doctor.machine import Finding, Verdict, examine_machine
+from gist_dist.on_ray.doctor.nodes import Nodes
 
 REACH_TIMEOUT_S = 60
 

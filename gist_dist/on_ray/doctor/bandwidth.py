@@ -10,8 +10,8 @@ import torch
 
 from gist_dist.config import ClusterConfig
 from gist_dist.core.collectives import World, all_gather_rows, barrier, broadcast_object
-from gist_dist.doctor import Finding
-from gist_dist.on_ray.cluster import cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.cluster.connect import cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.doctor.machine import Finding
 
 SIZES = {"64 kB": 64 * 10**3, "1 MB": 10**6, "16 MB": 16 * 10**6, "64 MB": 64 * 10**6}
 """Bytes that every worker has when all are gathered."""
@@ -26,7 +26,7 @@ def measure_gather(cluster: ClusterConfig, resources: dict[str, float], num_work
     """A line for a small Ray Train run of so many workers, that it started, and how fast it gathered."""
     import ray.train.torch
 
-    from gist_dist.on_ray.network import NodeTorchConfig
+    from gist_dist.on_ray.cluster.network import NodeTorchConfig
 
     train: Any = ray.train  # annotated as its first version, while the second is what runs
     cpus, gpus = cpus_per_worker(cluster, resources), gpus_per_worker(cluster, resources)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from gist_dist.common.redact import Redacting
 from gist_dist.common.text import plural
 from gist_dist.models.cpu_memory import keep_freed_memory
-from gist_dist.on_ray.failures import OutOfMemory, memory_sentence, out_of_memory, phase_of
-from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, posted
-from gist_dist.on_ray.operator_metrics import OperatorMetrics
+from gist_dist.on_ray.train.failures import OutOfMemory, memory_sentence, out_of_memory, phase_of
+from gist_dist.on_ray.train.messages import READY, RESIZE, STOP, post, posted
+from gist_dist.on_ray.train.prometheus import OperatorMetrics
 from gist_dist.runs.lock import other_holder
 
 if TYPE_CHECKING:

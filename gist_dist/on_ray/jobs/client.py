@@ -18,7 +18,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from gist_dist.common.errors import UserError, in_one_line
-from gist_dist.on_ray import probe
+from gist_dist.on_ray.jobs import probe
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -13,10 +13,10 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.signals import StopRequests
 from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
-from gist_dist.on_ray.cluster import ClusterWatch, address_of, cpus_per_worker, gpus_per_worker
-from gist_dist.on_ray.failures import classify, memory_remedy, memory_sentence, one_line
-from gist_dist.on_ray.messages import READY, RESIZE, STOP, post, withdraw
-from gist_dist.on_ray.worker import LOG_NAME, train_worker
+from gist_dist.on_ray.cluster.connect import ClusterWatch, address_of, cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.train.failures import classify, memory_remedy, memory_sentence, one_line
+from gist_dist.on_ray.train.messages import READY, RESIZE, STOP, post, withdraw
+from gist_dist.on_ray.train.worker import LOG_NAME, train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _attend(
 def _trainer(config: RunConfig, payload: dict[str, Any], cpus: float, gpus: float) -> Any:
     import ray.train
 
-    from gist_dist.on_ray.network import NodeTorchConfig
+    from gist_dist.on_ray.cluster.network import NodeTorchConfig
 
     train: Any = ray.train  # annotated as its first version, while the second is what runs
     cluster, run_dir = config.cluster, config.run_dir
@@ -131,7 +131,7 @@ def _with_our_policies(config: RunConfig, is_local: bool) -> tuple[Any, list[Any
     from ray.train.torch import TorchTrainer
 
     try:
-        from gist_dist.on_ray.controller import CheckpointBeforeResize, RetryPolicy
+        from gist_dist.on_ray.train.controller import CheckpointBeforeResize, RetryPolicy
     except ImportError:
         return TorchTrainer, []
     if not hasattr(TorchTrainer, "_initialize_and_run_controller"):

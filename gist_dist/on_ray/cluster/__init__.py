@@ -1,0 +1,1 @@
+"""Connecting to a cluster, and whether it has room."""

@@ -1,0 +1,1 @@
+"""Runs submitted as Ray jobs."""

@@ -1,0 +1,1 @@
+"""Work spread over plain Ray tasks and actors."""

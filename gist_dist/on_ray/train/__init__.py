@@ -1,0 +1,1 @@
+"""One training on Ray Train: the driver's side and the worker's."""
