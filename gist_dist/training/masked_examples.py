@@ -17,7 +17,8 @@ from torch import Tensor
 
 from gist_dist.common.files import write_atomically
 from gist_dist.config import LossConfig, RunConfig
-from gist_dist.core.loss import false_negatives, guide_threshold
+from gist_dist.core.candidate_table import CandidateTable
+from gist_dist.core.loss import guide_threshold
 from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import Scored
 from gist_dist.data.corpus import Corpus
@@ -64,7 +65,8 @@ def masked_examples(
     device = scored.student.device
     generator = torch.Generator(device).manual_seed(seed + plan.step)
     rows = torch.randperm(scored.batch.num_rows, generator=generator, device=device)[:MAX_ROWS].sort().values
-    table = _Candidates(scored, loss)
+    assert scored.guide is not None
+    table = CandidateTable(scored.batch, scored.guide, loss)
     num_masked, num_identical, closest, drawn = 0, 0, [], []
     for block in rows.split(_ROWS_AT_A_TIME):
         identical = table.identical(block)
@@ -75,14 +77,14 @@ def masked_examples(
         closest += _best_of_each_row(block, table.scores(scored.student, block), dropped)
         drawn += _best_of_each_row(block, random, dropped)
     seen: set[tuple[int, int]] = set()
-    chosen = [("closest", pick) for pick in table.first_distinct(closest, num_each, seen)]
-    chosen += [("random", pick) for pick in table.first_distinct(drawn, num_each, seen)]
+    chosen = [("closest", pick) for pick in _first_distinct(table, closest, num_each, seen)]
+    chosen += [("random", pick) for pick in _first_distinct(table, drawn, num_each, seen)]
     return {
         "step": plan.step,
         "num_rows": len(rows),
         "num_candidates": len(rows) * len(table.texts) - num_identical,
         "num_masked": num_masked,
-        "examples": [{"chosen": how} | _describe(corpus, plan, table, *pick) for how, pick in chosen],
+        "examples": [{"chosen": how} | _describe(corpus, plan, table, scored.student, *pick) for how, pick in chosen],
     }
 
 
@@ -93,55 +95,23 @@ def _best_of_each_row(rows: Tensor, keys: Float[Tensor, "r c"], dropped: Bool[Te
     return [pick for pick in picks if pick[0] > -torch.inf]
 
 
-class _Candidates:
-    """All candidates of a batch side by side: those of ap, then aa, pp and an, as far as they are in use."""
-
-    def __init__(self, scored: Scored, loss: LossConfig) -> None:
-        assert scored.guide is not None
-        self.batch, self.student, self.guide, self.loss = scored.batch, scored.student, scored.guide, loss
-        self.parts = self.batch.parts(loss)
-        self.texts = torch.cat([texts for _, texts in self.parts.values()])
-        self.block_of = [part for part, (_, texts) in self.parts.items() for _ in range(len(texts))]
-
-    def scores(self, embeddings: Float[Tensor, "u e"], rows: Tensor) -> Float[Tensor, "r c"]:
-        scores = [embeddings[queries[rows]] @ embeddings[texts].T for queries, texts in self.parts.values()]
-        return torch.cat(scores, dim=1)
-
-    def of_positive(self, embeddings: Float[Tensor, "u e"], rows: Tensor) -> Float[Tensor, "r 1"]:
-        anchors, positives = embeddings[self.batch.anchors[rows]], embeddings[self.batch.positives[rows]]
-        return (anchors * positives).sum(dim=1, keepdim=True)
-
-    def of_pair(self, embeddings: Float[Tensor, "u e"], row: int, column: int) -> Float[Tensor, ""]:
-        return (embeddings[self.query(row, column)] * embeddings[self.texts[column]]).sum()
-
-    def query(self, row: int, column: int) -> Tensor:
-        """The text that a candidate is compared with: the row's anchor, or for pp its positive."""
-        return self.parts[self.block_of[column]][0][row]
-
-    def masked(self, rows: Tensor) -> Bool[Tensor, "r c"]:
-        return false_negatives(self.scores(self.guide, rows), self.of_positive(self.guide, rows), self.loss)
-
-    def identical(self, rows: Tensor) -> Bool[Tensor, "r c"]:
-        """Candidates that leave by the rule for equal texts, whatever the guide says."""
-        identity, candidates = self.batch.identity, self.batch.identity[self.texts]
-        anchors, positives = (
-            identity[texts[rows]].unsqueeze(1) for texts in (self.batch.anchors, self.batch.positives)
-        )
-        return (candidates == anchors) | (candidates == positives)
-
-    def first_distinct(self, picks: Iterable[_Pick], count: int, seen: set[tuple[int, int]]) -> list[tuple[int, int]]:
-        """(row, candidate) by falling key, leaving out pairs of texts that were seen, in either order."""
-        chosen: list[tuple[int, int]] = []
-        for _, row, column in sorted(picks, reverse=True):
-            query, candidate = int(self.query(row, column)), int(self.texts[column])
-            pair = min(query, candidate), max(query, candidate)
-            if len(chosen) < count and pair not in seen:
-                seen.add(pair)
-                chosen.append((row, column))
-        return chosen
+def _first_distinct(
+    table: CandidateTable, picks: Iterable[_Pick], count: int, seen: set[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """(row, candidate) by falling key, leaving out pairs of texts that were seen, in either order."""
+    chosen: list[tuple[int, int]] = []
+    for _, row, column in sorted(picks, reverse=True):
+        query, candidate = int(table.query(row, column)), int(table.texts[column])
+        pair = min(query, candidate), max(query, candidate)
+        if len(chosen) < count and pair not in seen:
+            seen.add(pair)
+            chosen.append((row, column))
+    return chosen
 
 
-def _describe(corpus: Corpus, plan: BatchPlan, table: _Candidates, row: int, column: int) -> dict[str, Any]:
+def _describe(
+    corpus: Corpus, plan: BatchPlan, table: CandidateTable, student: Tensor, row: int, column: int
+) -> dict[str, Any]:
     """One example: its texts, and the cosines by which both models compare them."""
     number, at = int(plan.rows[row]), torch.tensor([row], device=table.texts.device)
     guide_positive = table.of_positive(table.guide, at)
@@ -149,8 +119,8 @@ def _describe(corpus: Corpus, plan: BatchPlan, table: _Candidates, row: int, col
         "threshold": guide_threshold(guide_positive, table.loss),
         "guide_positive": guide_positive,
         "guide_candidate": table.of_pair(table.guide, row, column),
-        "student_positive": table.of_positive(table.student, at),
-        "student_candidate": table.of_pair(table.student, row, column),
+        "student_positive": table.of_positive(student, at),
+        "student_candidate": table.of_pair(student, row, column),
     }
     texts = {
         "anchor": table.batch.anchors[row],

@@ -1,0 +1,49 @@
+"""All candidates of some rows side by side, with what the rules say of each: to look at a batch, not to train on it.
+
+The rules themselves are those of the loss; a table holds rows × candidates at once, so ask for few rows at a time.
+"""
+
+# Axes:  r rows looked at   c candidates of the batch   u unique texts   e width
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from gist_dist.config import LossConfig
+from gist_dist.core.loss import BatchIndex, false_negatives
+
+
+class CandidateTable:
+    """All candidates of a batch side by side: those of ap, then aa, pp and an, as far as they are in use."""
+
+    def __init__(self, batch: BatchIndex, guide: Float[Tensor, "u e"], loss: LossConfig) -> None:
+        self.batch, self.guide, self.loss = batch, guide, loss
+        self.parts = batch.parts(loss)
+        self.texts = torch.cat([texts for _, texts in self.parts.values()])
+        self.block_of = [part for part, (_, texts) in self.parts.items() for _ in range(len(texts))]
+
+    def scores(self, embeddings: Float[Tensor, "u e"], rows: Tensor) -> Float[Tensor, "r c"]:
+        scores = [embeddings[queries[rows]] @ embeddings[texts].T for queries, texts in self.parts.values()]
+        return torch.cat(scores, dim=1)
+
+    def of_positive(self, embeddings: Float[Tensor, "u e"], rows: Tensor) -> Float[Tensor, "r 1"]:
+        anchors, positives = embeddings[self.batch.anchors[rows]], embeddings[self.batch.positives[rows]]
+        return (anchors * positives).sum(dim=1, keepdim=True)
+
+    def of_pair(self, embeddings: Float[Tensor, "u e"], row: int, column: int) -> Float[Tensor, ""]:
+        return (embeddings[self.query(row, column)] * embeddings[self.texts[column]]).sum()
+
+    def query(self, row: int, column: int) -> Tensor:
+        """The text that a candidate is compared with: the row's anchor, or for pp its positive."""
+        return self.parts[self.block_of[column]][0][row]
+
+    def masked(self, rows: Tensor) -> Bool[Tensor, "r c"]:
+        return false_negatives(self.scores(self.guide, rows), self.of_positive(self.guide, rows), self.loss)
+
+    def identical(self, rows: Tensor) -> Bool[Tensor, "r c"]:
+        """Candidates that leave by the rule for equal texts, whatever the guide says."""
+        identity, candidates = self.batch.identity, self.batch.identity[self.texts]
+        anchors, positives = (
+            identity[texts[rows]].unsqueeze(1) for texts in (self.batch.anchors, self.batch.positives)
+        )
+        return (candidates == anchors) | (candidates == positives)
