@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   gist-dist train quickstart                         a packaged recipe
   gist-dist train my.yaml optim.steps=500 batch.global_size=4096
   gist-dist plan my.yaml                             what would run, before anything is spent
+  gist-dist inspect my.yaml                          what a guide is worth on these data
   gist-dist mine my.yaml --output mined --negatives 5 --relative-margin 0.05
   gist-dist evaluate runs/my/model --tasks STSBenchmark SciFact
   gist-dist submit my.yaml --address http://head:8265
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
             kinds = "a100, h100, h200, l4, a10g, t4 or cpu (default: %(default)s)"
             command.add_argument("--gpu-kind", default="h100", metavar="KIND", help=kinds)
     _add_submit(commands)
+    _add_inspect(commands)
     _add_mine(commands)
     _add_cluster(commands)
     command = commands.add_parser("evaluate", help="run MTEB tasks on a model, side by side as Ray tasks")
@@ -143,6 +145,17 @@ def _add_recipe(command: argparse.ArgumentParser, nargs: str | None = None) -> N
         "recipe", nargs=nargs, help=f"a YAML file, or a packaged recipe: {', '.join(packaged_recipes())}"
     )
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of the recipe")
+
+
+def _add_inspect(commands: Any) -> None:
+    summary = "what guide, batch size, temperature and margin are worth on these data, before anything is trained"
+    command = commands.add_parser("inspect", help=summary, description=summary)
+    _add_recipe(command)
+    command.add_argument(
+        "--rows", type=int, default=4096, metavar="N", help="looked at of each source, at most (default: %(default)s)"
+    )
+    command.add_argument("--out", type=Path, metavar="PAGE", help="write there (default: output_dir/inspect-NAME.html)")
+    command.set_defaults(run=_inspect)
 
 
 def _add_mine(commands: Any) -> None:
@@ -232,6 +245,23 @@ def _plan(arguments: argparse.Namespace) -> int:
     _say(planned.lines())
     if arguments.gpus is not None:
         _say(plan_lines(planned, arguments.gpus, arguments.gpu_kind))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    config = _recipe(arguments).absolute_paths()
+    print(f"gist_dist {__version__}: inspecting {config.name}", file=sys.stderr, flush=True)
+    from gist_dist.planning.inspect import check_inspect, inspect
+
+    check_inspect(config, arguments.rows)
+    from gist_dist.live import live_view
+    from gist_dist.on_ray.driver import prepare
+    from gist_dist.report.inspection import write_inspection
+
+    with live_view(config.name):
+        inspected = inspect(config, *prepare(config), arguments.rows)
+    page = arguments.out or Path(config.output_dir) / f"inspect-{config.name}.html"
+    _say([*inspected.lines(), *write_inspection(inspected.contents, page)])
     return 0
 
 
