@@ -234,13 +234,25 @@ class SourceConfig(Section):
         return last.split(".")[0] or last if not set("*?[") & set(last) else last
 
 
+class Clustering(Section):
+    """How batches of neighbours are made where data.mixing is clustered."""
+
+    hardness: float = Field(default=1.0, ge=0, le=1)
+    """Share of a batch's rows that are neighbours to the guide; the others come from the whole source. 0: as
+    homogeneous."""
+    rows_per_cluster: int | None = Field(default=None, ge=2)
+    """About so many rows make a cluster; null: batch.global_size. Fewer make neighbourhoods finer."""
+
+
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...]
     root: PathText | None = None
     """Folder that relative source paths start from; by default the current one. If it is set, no path is a Hub id."""
-    mixing: Literal["homogeneous", "mixed"] = "homogeneous"
+    mixing: Literal["homogeneous", "mixed", "clustered"] = "homogeneous"
     """homogeneous: a batch holds rows of one source; only what is left of each, less than a batch, is mixed.
-    mixed: rows of all sources are shuffled together."""
+    mixed: rows of all sources are shuffled together. clustered: as homogeneous, and a batch holds rows that are
+    neighbours to the guide, which are harder negatives; every row still comes once an epoch. Needs guide.model."""
+    clustering: Clustering = Clustering()
     temperature: float = Field(default=1.0, ge=1)
     """Sources share an epoch in proportion to (rows × weight)^(1/temperature). 1: in proportion, every row once. More
     raises the small sources; an epoch stays as long, and no row comes again before all of its source came."""
@@ -257,6 +269,8 @@ class DataConfig(Section):
     def _something(self) -> "DataConfig":
         if not self.sources:
             raise ValueError("sources is empty; name at least one data set")
+        if self.mixing != "clustered" and self.clustering != Clustering():
+            raise ValueError(f"clustering is set and mixing is {self.mixing}; set mixing: clustered")
         return self
 
 
@@ -461,6 +475,13 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _guided_data(self) -> "RunConfig":
+        if self.data.mixing == "clustered" and not self.has_guide_model:
+            found = "the student is its own" if self.guide else "there is none"
+            raise ValueError(f"data.mixing clustered asks a guide which rows are alike, and {found}; set guide.model")
+        return self
 
     @property
     def run_dir(self) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gist_dist.config import RunConfig
+from gist_dist.core.candidate_table import mean_guide_similarity
 from gist_dist.core.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
@@ -54,6 +55,8 @@ class StepResult:
     """Only where it was asked for, or something is not finite: it is as large as the embeddings of the batch."""
     non_finite: NonFinite = None
     """What is not finite; the optimizer has then not stepped."""
+    guide_candidate_similarity: float | None = None
+    """Of an anchor and another row's positive, to the guide: how hard the batch is."""
 
 
 class Trainee:
@@ -147,8 +150,9 @@ def train_step(
         if not non_finite:
             trainee.optimizer.step()
         trainee.optimizer.zero_grad(set_to_none=True)
+    similarity = None if guide_rows is None else mean_guide_similarity(batch, guide_rows)
     scored = Scored(batch, student_rows, guide_rows) if keep_scored or non_finite else None
-    return StepResult(loss, norm, totals, guide_rows is not None, clock.seconds(), scored, non_finite)
+    return StepResult(loss, norm, totals, guide_rows is not None, clock.seconds(), scored, non_finite, similarity)
 
 
 def _guide_rows(trainee: Trainee, plan: BatchPlan, inputs: StepInputs, student_rows: Tensor) -> Tensor | None:

@@ -36,6 +36,7 @@ from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
 from gist_dist.data.sources import Source, SourceReport, open_sources
 
 if TYPE_CHECKING:
+    from gist_dist.data.clusters import RowClusters
     from gist_dist.models.encoder import Encoder
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Corpus:
         self._at = arrays["at"]
         """Position of every text in the texts files, one after the other."""
         self._texts = _TextFiles(folder, self.manifest["shards"])
+        self.clusters: RowClusters | None = None
+        """Where batches are filled by them (data.mixing: clustered)."""
 
     @property
     def num_rows(self) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
+from gist_dist.data.clusters import neighbours_together
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.no_duplicates import SharedTexts, repeating_rows, spread
 
@@ -72,11 +73,20 @@ class Sampler:
                 f"batch.global_size = {self.global_size}: an epoch has only {self.rows_per_epoch} rows, with the "
                 "weights of data.sources; lower it, raise the weights or add data"
             )
+        if self.is_clustered and not any(self._alone):
+            raise UserError(
+                f"data.mixing = clustered: no source has the rows for two batches of batch.global_size = "
+                f"{self.global_size} (an epoch takes {', '.join(f'{n:,}' for n in self.rows_per_source[:5])}); lower it"
+            )
         self.steps_per_epoch = _num_batches(self.rows_per_epoch, self.global_size)
         epochs = config.optim.epochs or 1
         self.num_steps = config.optim.steps or max(1, round(epochs * self.steps_per_epoch))
         self._epochs: dict[int, Future[Epoch]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def is_clustered(self) -> bool:
+        return self.config.data.mixing == "clustered"
 
     @property
     def rows_per_epoch(self) -> int:
@@ -118,6 +128,8 @@ class Sampler:
         full, rest = list[_Rows](), list[_Rows]()
         for source, num_rows in enumerate(self.rows_per_source):
             stream = self._stream(source, number * num_rows, (number + 1) * num_rows)
+            if self.is_clustered and self._alone[source]:
+                stream = self._neighbours_together(source, number * num_rows, stream, rng)
             rows = _Rows(stream, np.zeros(num_rows, dtype=bool))
             if self._alone[source]:
                 starts = np.arange(0, num_rows, size)
@@ -140,7 +152,10 @@ class Sampler:
     @cached_property
     def _alone(self) -> list[bool]:
         """Whether a source fills batches alone. Less than a batch of different rows can't, however often they come; and
-        a single source has nothing to be mixed with."""
+        a single source has nothing to be mixed with. Clusters take two batches, or there is nothing to choose."""
+        if self.is_clustered:
+            fewest = map(min, self.rows_per_source, map(len, self._rows_of))
+            return [num_rows >= 2 * self.global_size for num_rows in fewest]
         if self.config.data.mixing == "mixed" or len(self._rows_of) == 1:
             return [False] * len(self._rows_of)
         fewest = map(min, self.rows_per_source, map(len, self._rows_of))
@@ -162,6 +177,15 @@ class Sampler:
         first, last = start // passes.size, (stop - 1) // passes.size
         drawn = [self._rng(ORDER, source, block).permuted(passes, axis=1).ravel() for block in range(first, last + 1)]
         return np.concatenate(drawn)[start - first * passes.size :][: stop - start]
+
+    def _neighbours_together(self, source: int, start: int, stream: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Pass by pass, so that a row that comes twice comes in different batches."""
+        clusters, hardness = self.corpus.clusters, self.config.data.clustering.hardness
+        assert clusters is not None, "data.mixing clustered: the corpus has no clusters"
+        num_rows = len(self._rows_of[source])
+        ends = np.arange(num_rows - start % num_rows, len(stream), num_rows)
+        passes = np.split(stream, ends)
+        return np.concatenate([neighbours_together(p, clusters.of_row[p], hardness, rng) for p in passes])
 
     def _rng(self, *purpose: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence(self.config.seed, spawn_key=purpose)))

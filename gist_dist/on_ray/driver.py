@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 from gist_dist.common.errors import UserError
 from gist_dist.common.signals import stop_requests
 from gist_dist.config import RunConfig
+from gist_dist.data.clusters import make_clusters, row_vectors
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.evaluation.evaluate import read_results
 from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.models.encoder import Guide, Student
-from gist_dist.models.guide_cache import guide_fingerprint
+from gist_dist.models.guide_cache import guide_fingerprint, open_guide_cache
 from gist_dist.on_ray.cluster.connect import check_resources, connected
 from gist_dist.on_ray.tasks.evaluation import evaluate_models
 from gist_dist.on_ray.tasks.precompute import precompute
@@ -63,6 +64,7 @@ def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Sum
                     logger.info("\n".join(precompute(config, prepared.corpus, prepared.guide).lines()))
                 payload = {
                     "corpus": prepared.corpus.place,
+                    "clusters": prepared.corpus.clusters and prepared.corpus.clusters.name,
                     "guide_cache": _cache_of(config, prepared.guide),
                     "lock": lock.token,
                 }
@@ -98,7 +100,13 @@ def prepare(config: RunConfig) -> Prepared:
     student = Student(config.student)
     guide = Guide(config.guide_or_student) if config.has_guide_model else None
     _check_refresh(config, student, guide)
-    return Prepared(student, guide, prepare_on_ray(resolve_classification(config, student, guide), student, guide))
+    corpus = prepare_on_ray(resolve_classification(config, student, guide), student, guide)
+    if config.data.mixing == "clustered" and guide is not None:
+        Sampler(corpus, config)  # what can't be batched is said before the guide encodes all texts
+        precompute(config, corpus, guide)
+        cache = open_guide_cache(config, guide)
+        corpus.clusters = make_clusters(config, corpus, cache.fingerprint, row_vectors(corpus, cache))
+    return Prepared(student, guide, corpus)
 
 
 def _check_refresh(config: RunConfig, student: Student, guide: Guide | None) -> None:

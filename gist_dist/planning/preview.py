@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
+from gist_dist.core.candidate_table import mean_guide_similarity
 from gist_dist.core.gradcache import ActivationBudget
+from gist_dist.core.loss import BatchIndex
 from gist_dist.core.plan import BatchPlan, Chunk, deal, plan_batch
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Epoch, Sampler
@@ -78,6 +81,11 @@ class Preview:
     guide_inputs: GuideInputs | None
     activation_bytes_per_token: float
     """Measured on the longest text of the plans."""
+    similarity: float | None
+    """To the guide, of an anchor and another row's positive in the batches planned; None where the guide's embeddings
+    are not there yet."""
+    similarity_at_random: float | None
+    """The same, were batches not clustered."""
 
     def lines(self) -> list[str]:
         sections = {
@@ -206,6 +214,8 @@ class Preview:
         mixing = {
             "homogeneous": "a batch is of one source; what is left of each is mixed",
             "mixed": "a batch mixes rows of all sources",
+            "clustered": f"{config.data.clustering.hardness:.0%} of a batch's rows are neighbours to the guide, of one "
+            "source; what is left of each is mixed",
         }
         shares = "in proportion to rows × weight"
         if config.data.temperature > 1:
@@ -246,8 +256,17 @@ class Preview:
                     "work",
                     f"{busiest:,} padded tokens at most a worker; {np.mean(idle):.1%} of the time waiting for others",
                 ),
+                *self._hardness(),
             ),
         ]
+
+    def _hardness(self) -> list[tuple[str, str]]:
+        if self.similarity is None:
+            return []
+        told = f"similarity of an anchor to other rows' positives {self.similarity:.3f}, to the guide"
+        if self.similarity_at_random is not None:
+            told += f"; {self.similarity_at_random:.3f} were batches not clustered"
+        return [("hardness", told)]
 
     def _memory(self) -> list[str]:
         batch, mode = self.config.batch, self.config.guide_mode
@@ -328,8 +347,12 @@ def preview(config: RunConfig, student: Student, guide: Guide | None, corpus: Co
     sampler = Sampler(corpus, config)
     epoch = sampler.epoch(0)
     steps = np.unique(np.linspace(1, sampler.steps_per_epoch, SAMPLED_BATCHES).round().astype(int)).tolist()
-    chunk_tokens = config.batch.chunk_tokens
-    plans = [plan_batch(corpus, epoch.batches[step - 1], step, chunk_tokens, guide is not None) for step in steps]
+    plans = _plans(config, corpus, epoch, steps, guide)
+    at_random = None
+    if guide and sampler.is_clustered:
+        data = config.data.model_copy(update={"mixing": "homogeneous"})
+        loose = Sampler(corpus, config.model_copy(update={"data": data}))
+        at_random = _similarity(config, guide, corpus, _plans(config, corpus, loose.epoch(0), steps, guide))
     return Preview(
         config=config,
         sources=source_accounts(corpus, sampler),
@@ -345,7 +368,29 @@ def preview(config: RunConfig, student: Student, guide: Guide | None, corpus: Co
         guide=_model_size(guide) if guide else None,
         guide_inputs=_guide_inputs(config, guide, corpus) if guide else None,
         activation_bytes_per_token=_activation_bytes(student, corpus, plans),
+        similarity=_similarity(config, guide, corpus, plans) if guide else None,
+        similarity_at_random=at_random,
     )
+
+
+def _plans(
+    config: RunConfig, corpus: Corpus, epoch: Epoch, steps: Sequence[int], guide: Guide | None
+) -> list[BatchPlan]:
+    chunk_tokens = config.batch.chunk_tokens
+    steps = [step for step in steps if step <= len(epoch.batches)]
+    return [plan_batch(corpus, epoch.batches[step - 1], step, chunk_tokens, guide is not None) for step in steps]
+
+
+def _similarity(config: RunConfig, guide: Guide, corpus: Corpus, plans: Sequence[BatchPlan]) -> float | None:
+    cache, similarities = open_guide_cache(config, guide), list[float]()
+    for plan in plans:
+        positions = cache.find(corpus.guide_keys[plan.guide_inputs])
+        if (positions < 0).any():
+            return None
+        index = BatchIndex(*map(torch.from_numpy, (plan.anchors, plan.positives, plan.negatives, plan.identity)))
+        embeddings = torch.from_numpy(cache.embeddings(positions)).float()
+        similarities.append(mean_guide_similarity(index, embeddings[torch.from_numpy(plan.guide_input_of)]))
+    return float(np.mean(similarities))
 
 
 def _guide_inputs(config: RunConfig, guide: Guide, corpus: Corpus) -> GuideInputs:

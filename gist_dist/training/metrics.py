@@ -119,6 +119,7 @@ def metrics_line(
         "rows_without_negatives": int(counts["rows_without_negatives"]),
         "positive_similarity": counts["positive_similarity"] / rows,
         "guide_positive_similarity": counts["guide_positive_similarity"] / rows if result.is_guided else None,
+        "guide_candidate_similarity": result.guide_candidate_similarity,
         "sources": {name: n for name, n in zip(corpus.source_names, sources, strict=True) if n},
         "seconds": {phase: round(seconds, 6) for phase, seconds in result.seconds.items()}
         | {"step": round(step_seconds, 6)},

@@ -161,12 +161,16 @@ def _identity(trainee: Trainee, guidance: Guidance) -> dict[str, Any]:
     """What the global batches and the loss are a function of."""
     config, cache = trainee.config, guidance.cache
     guide = cache.fingerprint if cache else guide_fingerprint(trainee.guide) if trainee.guide else None
-    return {key: value for key, value in computed_values(config).items() if key not in PLACES} | {
-        "data": trainee.corpus.manifest["content"],
-        "weights": [source.weight for source in config.data.sources],
-        "student": guide_fingerprint(trainee.student),
-        "guide": guide,
-    }
+    return (
+        {key: value for key, value in computed_values(config).items() if key not in PLACES}
+        | {
+            "data": trainee.corpus.manifest["content"],
+            "weights": [source.weight for source in config.data.sources],
+            "student": guide_fingerprint(trainee.student),
+            "guide": guide,
+        }
+        | ({"clusters": clusters.digest} if (clusters := trainee.corpus.clusters) else {})
+    )
 
 
 def _told(trainee: Trainee) -> dict[str, Any]:

@@ -33,6 +33,7 @@ def train_worker(payload: dict[str, Any]) -> str:
     """
     from gist_dist.config import parse_config
     from gist_dist.core.collectives import World, broadcast_object
+    from gist_dist.data.clusters import read_clusters
     from gist_dist.data.corpus import open_corpus
     from gist_dist.models.encoder import Guide, Student
     from gist_dist.models.guide_cache import GuideCache
@@ -51,7 +52,10 @@ def train_worker(payload: dict[str, Any]) -> str:
             guide = GuideCache(config.guide_cache_dir, **payload["guide_cache"], local_copy=config.data.local_copy)
         elif config.has_guide_model:
             guide = Guide(config.guide_or_student, device)
-        outcome = train(config, open_corpus(config, payload["corpus"]), student, guide, world, wants, observe)
+        corpus = open_corpus(config, payload["corpus"])
+        if payload["clusters"]:
+            corpus.clusters = read_clusters(config, payload["clusters"])
+        outcome = train(config, corpus, student, guide, world, wants, observe)
     except Exception as error:
         if not out_of_memory(error):
             raise
