@@ -244,6 +244,22 @@ class Clustering(Section):
     """About so many rows make a cluster; null: batch.global_size. Fewer make neighbourhoods finer."""
 
 
+class Mine(Section):
+    """Hard negatives added to every row while it trains; the options are those of `gist-dist mine`."""
+
+    negatives: int = Field(default=4, ge=1, le=100)
+    """Added to each row, where so many pass."""
+    every_steps: int | None = Field(default=None, ge=1)
+    """After every so many steps they are searched anew by the student as it then is; null: only before training, by the
+    guide."""
+    relative_margin: float | None = Field(default=0.05, ge=0, lt=1)
+    """A negative scores at most the positive's score less this share of it; null: no bound."""
+    min_rank: int = Field(default=0, ge=0)
+    """So many of the nearest that pass are skipped."""
+    sampling: Literal["top", "random"] = "top"
+    """The nearest that pass, or a seeded draw from ten times as many."""
+
+
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...]
     root: PathText | None = None
@@ -253,6 +269,9 @@ class DataConfig(Section):
     mixed: rows of all sources are shuffled together. clustered: as homogeneous, and a batch holds rows that are
     neighbours to the guide, which are harder negatives; every row still comes once an epoch. Needs guide.model."""
     clustering: Clustering = Clustering()
+    mine: Mine | None = None
+    """Hard negatives by the guide before training and, if asked, by the student as it goes; null: none. Needs
+    guide.model."""
     temperature: float = Field(default=1.0, ge=1)
     """Sources share an epoch in proportion to (rows × weight)^(1/temperature). 1: in proportion, every row once. More
     raises the small sources; an epoch stays as long, and no row comes again before all of its source came."""
@@ -481,6 +500,11 @@ class RunConfig(Section):
         if self.data.mixing == "clustered" and not self.has_guide_model:
             found = "the student is its own" if self.guide else "there is none"
             raise ValueError(f"data.mixing clustered asks a guide which rows are alike, and {found}; set guide.model")
+        if self.data.mine and not self.has_guide_model:
+            found = "the student is its own" if self.guide else "there is none"
+            raise ValueError(f"data.mine asks a guide for negatives, and {found}; set guide.model")
+        if self.data.mine and all(source.columns.is_classification for source in self.data.sources):
+            raise ValueError("data.mine: all sources are classification sets, whose triplets have negatives already")
         return self
 
     @property

@@ -114,7 +114,7 @@ def test_damaged_clusters_are_refused(tree, tmp_path):
     corpus = prepare(config).corpus
     (file,) = (tmp_path / "corpora" / "clusters").iterdir()
     file.write_bytes(file.read_bytes()[:-1] + b"\x07")
-    with pytest.raises(UserError, match="is damaged; remove it, and rows are clustered again"):
+    with pytest.raises(UserError, match="is damaged; remove it, and it is made again"):
         read_clusters(config, corpus.clusters.name)
     file.unlink()
     with pytest.raises(UserError, match="clusters can't be read there"):

@@ -29,11 +29,11 @@ class Rows(Corpus):
         self.anchors = np.array([row[0] for row in rows])
         self.positives = np.array([row[1] for row in rows])
         self.source = np.array([row[3] for row in rows], dtype=np.int32)
-        self.num_negatives = np.array([len(row[2]) for row in rows])
+        self.num_own_negatives = np.array([len(row[2]) for row in rows])
         self.identity = np.arange(num_texts) * 7 - 5 if identity is None else np.asarray(identity)
         self.manifest = {"sources": [{"name": f"s{n}"} for n in range(1 + int(self.source.max()))]}
 
-    def negatives_of(self, rows: np.ndarray) -> np.ndarray:
+    def own_negatives_of(self, rows: np.ndarray) -> np.ndarray:
         return np.array([text for row in rows for text in self.rows[row][2]], dtype=np.int64)
 
 
@@ -250,8 +250,8 @@ def plain_rows(anchors: np.ndarray, positives: np.ndarray) -> Rows:
     """Of one source, without negatives; quickly made."""
     rows = Rows([(0, 0, [], 0)], int(max(anchors.max(), positives.max())) + 1)
     rows.anchors, rows.positives = anchors, positives
-    rows.source, rows.num_negatives = np.zeros(len(anchors), np.int32), np.zeros(len(anchors), np.int64)
-    rows.negatives_of = lambda chosen: np.empty(0, np.int64)
+    rows.source, rows.num_own_negatives = np.zeros(len(anchors), np.int32), np.zeros(len(anchors), np.int64)
+    rows.own_negatives_of = lambda chosen: np.empty(0, np.int64)
     return rows
 
 

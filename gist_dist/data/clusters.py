@@ -1,19 +1,13 @@
 """Rows that the guide finds alike, for batches of neighbours (data.mixing: clustered; Morris & Rush 2024, CDE,
 arXiv:2410.02525, fill batches so).
 
-<corpora_dir>/clusters/<key>-<sha256>.npy   the cluster of every row of a corpus
-
 A row lies where its anchor and its positive lie to the guide, as one unit vector. k-means is run for each source. Its
 clusters are numbered along a tour from each to the nearest that is left, so that clusters of close numbers are
-neighbours. k-means may give other clusters on another machine: they are made once, and the file's name holds the hash
-of its content, which a resumed run asks for.
+neighbours. They are made once and kept (kept_arrays.py): k-means may give others on another machine.
 """
 
 # Axes:  r rows of a source   k clusters   e guide width
 
-import hashlib
-import io
-import json
 import logging
 import time
 import warnings
@@ -23,15 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from gist_dist.common.errors import UserError
-from gist_dist.common.storage import join, open_store
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
+from gist_dist.data.kept_arrays import digest_of, find_array, keep_array, read_array
 from gist_dist.models.guide_cache import GuideCache
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+KIND, FORMAT = "clusters", 1
 MAX_CLUSTERS = 2**14
 """Of a source: the tour compares each with each."""
 FITTED_ROWS, FITTED_PER_CLUSTER = 2**17, 32
@@ -48,35 +41,30 @@ class RowClusters:
 
     of_row: Int32[np.ndarray, " rows"]
     name: str
-    """Of the file."""
+    """Of the kept array."""
 
     @property
     def digest(self) -> str:
-        return self.name.rpartition("-")[2].removesuffix(".npy")
+        return digest_of(self.name)
 
 
 def make_clusters(config: RunConfig, corpus: Corpus, guide: str, vectors: RowVectors) -> RowClusters:
     """The clusters that an equal recipe has made before, or new ones, which are kept. guide: its fingerprint."""
     size = config.data.clustering.rows_per_cluster or config.batch.global_size
     inputs = {"format": FORMAT, "data": corpus.manifest["content"], "guide": guide, "seed": config.seed, "size": size}
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
-    store = open_store(join(config.corpora_dir, "clusters"))
-    try:
-        found = sorted(name for name in store.list() if name.startswith(f"{key}-"))
-        if found:
-            return read_clusters(config, found[0])
-        started, of_row = time.monotonic(), np.zeros(corpus.num_rows, np.int32)
-        for source in range(len(corpus.source_names)):
-            rows = np.flatnonzero(corpus.source == source)
-            of_row[rows] = cluster_source(rows, vectors, size, config.seed)
-        content = io.BytesIO()
-        np.save(content, of_row)
-        name = f"{key}-{hashlib.sha256(content.getvalue()).hexdigest()}.npy"
-        store.write_bytes(name, content.getvalue())
-    except OSError as error:
-        raise UserError(f"{store.place}: clusters can't be kept there: {error}; set data.cache_dir") from error
+    if found := find_array(config, KIND, inputs):
+        return RowClusters(*found)
+    started, of_row = time.monotonic(), np.zeros(corpus.num_rows, np.int32)
+    for source in range(len(corpus.source_names)):
+        rows = np.flatnonzero(corpus.source == source)
+        of_row[rows] = cluster_source(rows, vectors, size, config.seed)
+    name = keep_array(config, KIND, inputs, of_row)
     logger.info("clustered %s rows in %.1f s", f"{len(of_row):,}", time.monotonic() - started)
     return RowClusters(of_row, name)
+
+
+def read_clusters(config: RunConfig, name: str) -> RowClusters:
+    return RowClusters(read_array(config, KIND, name), name)
 
 
 def row_vectors(corpus: Corpus, cache: GuideCache) -> RowVectors:
@@ -89,19 +77,6 @@ def row_vectors(corpus: Corpus, cache: GuideCache) -> RowVectors:
         return both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-6)
 
     return vectors
-
-
-def read_clusters(config: RunConfig, name: str) -> RowClusters:
-    """UserError for a file that is gone or damaged."""
-    store = open_store(join(config.corpora_dir, "clusters"))
-    try:
-        content = store.read_bytes(name)
-    except OSError as error:
-        raise UserError(f"{join(store.place, name)}: clusters can't be read there: {error}") from error
-    clusters = RowClusters(np.empty(0, np.int32), name)
-    if hashlib.sha256(content).hexdigest() != clusters.digest:
-        raise UserError(f"{join(store.place, name)} is damaged; remove it, and rows are clustered again")
-    return RowClusters(np.load(io.BytesIO(content)), name)
 
 
 def cluster_source(rows: np.ndarray, vectors: RowVectors, size: int, seed: int) -> Int32[np.ndarray, " r"]:

@@ -80,6 +80,10 @@ class Corpus:
         self._texts = _TextFiles(folder, self.manifest["shards"])
         self.clusters: RowClusters | None = None
         """Where batches are filled by them (data.mixing: clustered)."""
+        self.mined: np.ndarray | None = None
+        """Text numbers of mined negatives, a line for each row and -1 where there is none [rows k]; see adopt()."""
+        self.mined_digest: str | None = None
+        """Of those that a run begins with."""
 
     @property
     def num_rows(self) -> int:
@@ -98,12 +102,41 @@ class Corpus:
     def source_names(self) -> list[str]:
         return [source["name"] for source in self.manifest["sources"]]
 
+    @property
+    def made_for_it(self) -> dict[str, str]:
+        """Hashes of what was made beside the corpus and decides batches as it does: clusters, and the mined negatives
+        that a run begins with."""
+        digests = {"clusters": self.clusters and self.clusters.digest, "mined": self.mined_digest}
+        return {name: digest for name, digest in digests.items() if digest}
+
     @cached_property
-    def num_negatives(self) -> np.ndarray:
+    def num_own_negatives(self) -> np.ndarray:
+        """Of every row, as its source has it."""
         return np.diff(self._negative_offsets)
 
+    @property
+    def num_negatives(self) -> np.ndarray:
+        """With those that were mined."""
+        return self.num_own_negatives if self.mined is None else self._num_with_mined
+
+    def adopt(self, mined: np.ndarray | None) -> None:
+        """From now on rows have these mined negatives, behind their own [rows k]."""
+        self.mined = mined
+        if mined is not None:
+            self._num_with_mined = self.num_own_negatives + (mined >= 0).sum(axis=1)
+
     def negatives_of(self, rows: np.ndarray) -> np.ndarray:
-        """Text numbers of the hard negatives of all these rows, joined."""
+        """Text numbers of the hard negatives of all these rows, joined: a row's own, then its mined ones."""
+        own = self.own_negatives_of(rows)
+        if self.mined is None:
+            return own
+        mined = self.mined[rows]
+        owner, column = np.nonzero(mined >= 0)
+        owners = np.concatenate([np.repeat(np.arange(len(rows)), self.num_own_negatives[rows]), owner])
+        return np.concatenate([own, mined[owner, column]])[np.argsort(owners, kind="stable")]
+
+    def own_negatives_of(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the source. Which rows share a batch depends on them alone: mined ones change as training goes."""
         starts, ends = self._negative_offsets[rows], self._negative_offsets[rows + 1]
         counts = ends - starts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

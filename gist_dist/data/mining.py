@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Float64, Int
+from jaxtyping import Bool, Float16, Float64, Int, Int32
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from gist_dist.common.errors import UserError
+from gist_dist.config import Mine, RunConfig
 
 if TYPE_CHECKING:
     from gist_dist.data.corpus import Corpus
 
+MINED = "mined"
+"""Folder of what data.mine finds before training, in data.cache_dir."""
 ANCHORS_AT_ONCE = 4096
 SPARE = 8
 NUMBERS_IN_CACHE = 2**20  # of a processor, in fp64
@@ -167,14 +170,39 @@ def plan_search(
     )
 
 
-def plan_corpus_search(corpus: "Corpus", options: MineOptions) -> Search:
-    """For all rows of a corpus. Two texts are the same if student or guide can't tell them apart, or if they are equal
-    but for their prompts."""
+def plan_corpus_search(corpus: "Corpus", options: MineOptions, rows: np.ndarray | None = None) -> Search:
+    """For all rows of a corpus, or these. Two texts are the same if student or guide can't tell them apart, or if they
+    are equal but for their prompts."""
     texts, same = corpus.texts_in_use, np.full(len(corpus.identity), -1, dtype=np.int64)
     contents = np.fromiter((hash(corpus.text(text)) for text in texts.tolist()), np.int64, len(texts))
     same[texts] = same_texts(corpus.identity[texts], corpus.guide_keys[texts, 0].view(np.int64), contents)
-    negatives = corpus.negatives_of(np.arange(corpus.num_rows))
-    return plan_search(corpus.anchors, corpus.positives, negatives, corpus.num_negatives, same, options)
+    rows = np.arange(corpus.num_rows) if rows is None else rows
+    negatives, counts = corpus.own_negatives_of(rows), corpus.num_own_negatives[rows]
+    return plan_search(corpus.anchors[rows], corpus.positives[rows], negatives, counts, same, options)
+
+
+def options_of(mine: Mine) -> MineOptions:
+    """Of a recipe's data.mine."""
+    return MineOptions(
+        negatives=mine.negatives, relative_margin=mine.relative_margin, min_rank=mine.min_rank, sampling=mine.sampling,
+        max_rank=mine.min_rank + 10 * mine.negatives if mine.sampling == "random" else None,
+    )  # fmt: skip
+
+
+def minable_rows(config: RunConfig, corpus: "Corpus") -> Int[np.ndarray, "r"]:
+    """Not those of classification sets: what is nearest to their texts is of the same class."""
+    numbers = [source.get("recipe_source", n) for n, source in enumerate(corpus.manifest["sources"])]
+    classified = np.array([config.data.sources[number].columns.is_classification for number in numbers])
+    return np.flatnonzero(~classified[corpus.source])
+
+
+def by_row(
+    corpus: "Corpus", rows: Int[np.ndarray, "r"], search: Search, texts: Int[np.ndarray, "anchors k"]
+) -> Int32[np.ndarray, "rows k"]:
+    """What was mined for every anchor, as Corpus.adopt() takes it."""
+    mined = np.full((corpus.num_rows, texts.shape[1]), -1, np.int32)
+    mined[rows] = texts[np.searchsorted(search.anchors, corpus.anchors[rows])]
+    return mined
 
 
 def mine_block(

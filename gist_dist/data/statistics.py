@@ -54,7 +54,7 @@ def _distinct_texts(corpus: Corpus, num_sources: int) -> tuple[np.ndarray, np.nd
     """Anchors, positives and texts in any role of every source; texts with equal token ids count once."""
     identities, identity = np.unique(corpus.identity, return_inverse=True)
     rows = np.arange(corpus.num_rows)
-    negatives = corpus.source[np.repeat(rows, corpus.num_negatives)], corpus.negatives_of(rows)
+    negatives = corpus.source[np.repeat(rows, corpus.num_own_negatives)], corpus.own_negatives_of(rows)
 
     def count(*parts: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         source, texts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -87,7 +87,7 @@ def _rows_of_commonest_text(corpus: Corpus, sampler: Sampler, num_sources: int) 
 def repeated_texts(corpus: Corpus, rows: np.ndarray) -> int:
     """How often a row of this batch has a text that another row before it has; equal token ids are one text."""
     number = np.arange(len(rows))
-    owner = np.concatenate([number, number, np.repeat(number, corpus.num_negatives[rows])])
-    texts = np.concatenate([corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)])
+    owner = np.concatenate([number, number, np.repeat(number, corpus.num_own_negatives[rows])])
+    texts = np.concatenate([corpus.anchors[rows], corpus.positives[rows], corpus.own_negatives_of(rows)])
     distinct, identity = np.unique(corpus.identity[texts], return_inverse=True)
     return len(np.unique(owner * len(distinct) + identity)) - len(distinct)

@@ -16,6 +16,7 @@ from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import guide_fingerprint, open_guide_cache
 from gist_dist.on_ray.cluster.connect import check_resources, connected
 from gist_dist.on_ray.tasks.evaluation import evaluate_models
+from gist_dist.on_ray.tasks.mine import mine_for_training
 from gist_dist.on_ray.tasks.precompute import precompute
 from gist_dist.on_ray.tasks.prepare import prepare_on_ray
 from gist_dist.on_ray.tasks.triplets import resolve_classification
@@ -62,9 +63,13 @@ def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Sum
                 check_resources(config.cluster, resources)
                 if config.guide_mode == "cache" and prepared.guide:
                     logger.info("\n".join(precompute(config, prepared.corpus, prepared.guide).lines()))
+                mined = None
+                if config.data.mine and prepared.guide:
+                    _, mined = mine_for_training(config, prepared.corpus, prepared.guide, resources)
                 payload = {
                     "corpus": prepared.corpus.place,
                     "clusters": prepared.corpus.clusters and prepared.corpus.clusters.name,
+                    "mined": mined,
                     "guide_cache": _cache_of(config, prepared.guide),
                     "lock": lock.token,
                 }

@@ -217,6 +217,13 @@ class Preview:
             "clustered": f"{config.data.clustering.hardness:.0%} of a batch's rows are neighbours to the guide, of one "
             "source; what is left of each is mixed",
         }
+        mined = list[tuple[str, str]]()
+        if mine := config.data.mine:
+            told = f"{plural(mine.negatives, 'hard negative')} more a row, by the guide before training"
+            if mine.every_steps:
+                times = (self.num_steps - 1) // mine.every_steps
+                told += f" and by the student after every {mine.every_steps:,} steps ({plural(times, 'time')})"
+            mined.append(("mining", f"{told}; not in the numbers below"))
         shares = "in proportion to rows × weight"
         if config.data.temperature > 1:
             shares = f"in proportion to (rows × weight)^(1/{config.data.temperature:g})"
@@ -227,6 +234,7 @@ class Preview:
             ("an epoch", f"{self.rows_per_epoch:,} rows = {self.steps_per_epoch:,} steps of {size:,} rows{other}"),
             ("the run", f"{self.num_steps:,} steps = {epochs:,.2f} epochs = {self.num_steps * size:,} pairs seen"),
             ("mixing", f"{config.data.mixing}: {mixing[config.data.mixing]}"),
+            *mined,
             ("shares", f"{shares}; no row comes again before all of its source came"),
             (
                 "same texts",

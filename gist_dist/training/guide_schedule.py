@@ -94,8 +94,10 @@ class Guidance:
             outdated.remove()
 
     def _texts_until_renewal(self, done: int) -> np.ndarray:
-        """Text numbers of the steps that the new guide guides."""
-        corpus, refresh = self.trainee.corpus, self.refresh
+        """Text numbers of the steps that the new guide guides; all, where their negatives are yet to be mined."""
+        corpus, refresh, mine = self.trainee.corpus, self.refresh, self.config.data.mine
+        if mine and mine.every_steps:
+            return corpus.texts_in_use
         assert refresh is not None
         last = min(done // refresh * refresh + refresh, self.sampler.num_steps)
         seen = np.zeros(len(corpus.identity), dtype=bool)

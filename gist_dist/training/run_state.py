@@ -25,6 +25,7 @@ from gist_dist.training.checkpoint import (
     set_optimizer_tensors,
 )
 from gist_dist.training.guide_schedule import Guidance
+from gist_dist.training.mining_schedule import MiningSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,9 @@ PLACES = {"name", "data.sources", "student.model", "student.revision", "guide.mo
 class RunState:
     """What a run has done, and its checkpoints. Every worker has one; rank 0 alone reads and writes."""
 
-    def __init__(self, trainee: Trainee, guidance: Guidance) -> None:
+    def __init__(self, trainee: Trainee, guidance: Guidance, mining: MiningSchedule) -> None:
         """UserError, on every worker, for a checkpoint.dir that can't be opened."""
-        self.trainee, self.guidance, self.world = trainee, guidance, trainee.world
+        self.trainee, self.guidance, self.mining, self.world = trainee, guidance, mining, trainee.world
         self.kept = 0
         """The step whose state was taken up, or handed to be written, last."""
         self.skipped: list[int] = []
@@ -69,6 +70,7 @@ class RunState:
         for name, tensor in model_tensors(student.model).items():
             tensor.copy_(weights[name])
         set_optimizer_tensors(student.model, optimizer, received("optimizer"))
+        self.mining.resume(self.kept, received("mined"))
         self.guidance.resume(self.kept, received("guide"))
         return self.kept
 
@@ -106,6 +108,8 @@ class RunState:
             tensors = {"model": model_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
             if guide := self.guidance.tensors():
                 tensors["guide"] = guide
+            if mined := self.mining.tensors():
+                tensors["mined"] = mined
             told = _told(self.trainee)
             self.writer.save(step, tensors, {"skipped": [*self.skipped], "identity": self.identity, "told": told})
 
@@ -134,6 +138,9 @@ class RunState:
         if self.guidance.is_renewed_by(snapshot.step):
             copy, own = tensors.get("guide", {}), model_tensors(student)
             fits &= {n: t.shape for n, t in copy.items()} == {n: t.shape for n, t in own.items()}
+        if self.mining.is_renewed_by(snapshot.step):
+            found = tensors.get("mined", {}).get("negatives")
+            fits &= found is not None and len(found) == self.trainee.corpus.num_rows
         if not fits or not isinstance(facts.get("skipped"), list):
             raise UserError(
                 f"{place}: its tensors are not those of this student, optimizer and guide; give the run another name, "
@@ -161,16 +168,13 @@ def _identity(trainee: Trainee, guidance: Guidance) -> dict[str, Any]:
     """What the global batches and the loss are a function of."""
     config, cache = trainee.config, guidance.cache
     guide = cache.fingerprint if cache else guide_fingerprint(trainee.guide) if trainee.guide else None
-    return (
-        {key: value for key, value in computed_values(config).items() if key not in PLACES}
-        | {
-            "data": trainee.corpus.manifest["content"],
-            "weights": [source.weight for source in config.data.sources],
-            "student": guide_fingerprint(trainee.student),
-            "guide": guide,
-        }
-        | ({"clusters": clusters.digest} if (clusters := trainee.corpus.clusters) else {})
-    )
+    return {key: value for key, value in computed_values(config).items() if key not in PLACES} | {
+        "data": trainee.corpus.manifest["content"],
+        "weights": [source.weight for source in config.data.sources],
+        "student": guide_fingerprint(trainee.student),
+        "guide": guide,
+        **trainee.corpus.made_for_it,
+    }
 
 
 def _told(trainee: Trainee) -> dict[str, Any]:

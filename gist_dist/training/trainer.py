@@ -22,6 +22,7 @@ from gist_dist.models.guide_cache import GuideCache
 from gist_dist.training.guide_schedule import Guidance
 from gist_dist.training.masked_examples import masking_is_shown, write_masked_examples
 from gist_dist.training.metrics import metrics_line, peak_memory_bytes
+from gist_dist.training.mining_schedule import MiningSchedule
 from gist_dist.training.non_finite import tell_non_finite
 from gist_dist.training.observers import Observers
 from gist_dist.training.run_state import RunState
@@ -57,14 +58,15 @@ def train(
     trainee = Trainee(config, corpus, student, model, optimizer, world)
     guidance = Guidance(trainee, sampler, cache)
     with ExitStack() as ends:
-        state = RunState(trainee, guidance)
+        mining = MiningSchedule(trainee, sampler.num_steps)
+        state = RunState(trainee, guidance, mining)
         ends.callback(state.close)
         done = state.resume()
         observers = on_rank_0(lambda: Observers(config, sampler.num_steps, done, observe), world)
         if observers and state.writer:  # on rank 0
             ends.callback(observers.close)
             state.writer.before_commit = observers.metrics.sync
-        last = _train_steps(trainee, guidance, sampler, state, observers, wants, done)
+        last = _train_steps(trainee, guidance, mining, sampler, state, observers, wants, done)
         _keep_result(trainee, state, last, sampler.num_steps)
         on_rank_0(lambda: observers.close() if observers else None, world)
         return "finished" if last == sampler.num_steps else "stopped"
@@ -73,6 +75,7 @@ def train(
 def _train_steps(
     trainee: Trainee,
     guidance: Guidance,
+    mining: MiningSchedule,
     sampler: Sampler,
     state: RunState,
     observers: Observers | None,
@@ -98,7 +101,8 @@ def _train_steps(
             with watchdog.watching(step):
                 batch, inputs = upcoming.result()
             waited = time.perf_counter() - started
-            if step < sampler.num_steps and not guidance.changes_after(step):
+            changing = [schedule for schedule in (mining, guidance) if schedule.changes_after(step)]
+            if step < sampler.num_steps and not changing:
                 upcoming = planner.submit(plan, step + 1, pace.speeds)
             rate = learning_rate(step, sampler.num_steps, config.optim)
             set_learning_rate(trainee.optimizer, rate)
@@ -119,8 +123,9 @@ def _train_steps(
             if shows and result.scored and not result.non_finite:
                 write_masked_examples(config, corpus, batch, result.scored)
             result.scored = None  # its memory is the next step's
-            if guidance.changes_after(step):
-                guidance.renew(step)  # before the checkpoint, which keeps what guides the next step
+            for schedule in changing:  # before the checkpoint, which keeps what the next step is made with
+                schedule.renew(step)
+            if changing:
                 upcoming = planner.submit(plan, step + 1, pace.speeds)
             is_due = step == sampler.num_steps or (every and step % every == 0)
             if is_due or request == "stop" or (request == "checkpoint" and before is None):

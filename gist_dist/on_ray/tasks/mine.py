@@ -32,7 +32,19 @@ from gist_dist.common.redact import redact
 from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import Columns, GuideConfig, RunConfig, SourceConfig
 from gist_dist.data.corpus import Corpus
-from gist_dist.data.mining import REASONS, Mined, MineOptions, Search, mine_block, plan_corpus_search
+from gist_dist.data.kept_arrays import find_array, keep_array
+from gist_dist.data.mining import (
+    MINED,
+    REASONS,
+    Mined,
+    MineOptions,
+    Search,
+    by_row,
+    minable_rows,
+    mine_block,
+    options_of,
+    plan_corpus_search,
+)
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import GuideCache, guide_fingerprint
 from gist_dist.on_ray.cluster.connect import check_resources, connected, gpus_per_worker
@@ -102,6 +114,31 @@ def mine(config: RunConfig, options: MineOptions, output: Path) -> MiningReport:
     for folder in output.glob(".blocks-*"):
         shutil.rmtree(folder, ignore_errors=True)
     return MiningReport(output, counts)
+
+
+def mine_for_training(
+    config: RunConfig, corpus: Corpus, guide: Guide, resources: dict[str, float]
+) -> tuple[np.ndarray, str]:
+    """data.mine: what the guide finds for every row before training [rows k], kept beside the corpora; with its name.
+
+    config: with absolute paths. An interrupted call goes on where it was. UserError as in mining.
+    """
+    assert config.data.mine is not None
+    options = options_of(config.data.mine)
+    inputs = {"format": FORMAT, "data": corpus.manifest["content"], "guide": guide_fingerprint(guide)}
+    inputs |= {"seed": config.seed, "options": asdict(options)}
+    if found := find_array(config, MINED, inputs):
+        return found
+    precompute(config, corpus, guide)
+    rows, started = minable_rows(config, corpus), time.monotonic()
+    search, blocks = plan_corpus_search(corpus, options, rows), config.run_dir / f".mining-{_key(inputs)}"
+    parts = [part.texts for part in _search(config, options, corpus, guide, search, blocks, resources)]
+    mined = by_row(corpus, rows, search, np.concatenate(parts))
+    name = keep_array(config, MINED, inputs, mined)
+    shutil.rmtree(blocks, ignore_errors=True)
+    counts = f"{int((mined >= 0).sum()):,}", f"{len(rows):,}"
+    logger.info("mined %s hard negatives for %s rows in %.1f s", *counts, time.monotonic() - started)
+    return mined, name
 
 
 def _with_model(config: RunConfig, options: MineOptions) -> RunConfig:

@@ -35,6 +35,8 @@ def train_worker(payload: dict[str, Any]) -> str:
     from gist_dist.core.collectives import World, broadcast_object
     from gist_dist.data.clusters import read_clusters
     from gist_dist.data.corpus import open_corpus
+    from gist_dist.data.kept_arrays import digest_of, read_array
+    from gist_dist.data.mining import MINED
     from gist_dist.models.encoder import Guide, Student
     from gist_dist.models.guide_cache import GuideCache
     from gist_dist.training.trainer import train
@@ -55,6 +57,9 @@ def train_worker(payload: dict[str, Any]) -> str:
         corpus = open_corpus(config, payload["corpus"])
         if payload["clusters"]:
             corpus.clusters = read_clusters(config, payload["clusters"])
+        if payload["mined"]:
+            corpus.adopt(read_array(config, MINED, payload["mined"]))
+            corpus.mined_digest = digest_of(payload["mined"])
         outcome = train(config, corpus, student, guide, world, wants, observe)
     except Exception as error:
         if not out_of_memory(error):
