@@ -64,8 +64,8 @@ def measure(num_rows: int, anchors: str | int, positives: str | int, size: int) 
         positives=num_rows + texts(positives, drawn, num_rows, rng),
         identity=np.arange(2 * num_rows),
         num_rows=num_rows,
-        num_negatives=np.zeros(num_rows, np.int64),
-        negatives_of=lambda rows: np.empty(0, np.int64),
+        num_own_negatives=np.zeros(num_rows, np.int64),
+        own_negatives_of=lambda rows: np.empty(0, np.int64),
         source=np.zeros(num_rows, np.int32),
         manifest={"sources": [{"name": "random"}]},
     )
