@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   gist-dist plan my.yaml                             what would run, before anything is spent
   gist-dist inspect my.yaml                          what a guide is worth on these data
   gist-dist mine my.yaml --output mined --negatives 5 --relative-margin 0.05
+  gist-dist cotrain a.yaml b.yaml --rounds 4         two students that guide each other
   gist-dist evaluate runs/my/model --tasks STSBenchmark SciFact
   gist-dist submit my.yaml --address http://head:8265
   gist-dist report runs/my                           rebuild report.html
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_submit(commands)
     _add_inspect(commands)
     _add_mine(commands)
+    _add_cotrain(commands)
     _add_cluster(commands)
     command = commands.add_parser("evaluate", help="run MTEB tasks on a model, side by side as Ray tasks")
     command.add_argument("model", help="folder of a SentenceTransformer, or Hub id")
@@ -182,6 +184,17 @@ def _add_mine(commands: Any) -> None:
     sampling = "take the nearest, or a seeded draw from the rank range (default: %(default)s)"
     command.add_argument("--sampling", choices=("top", "random"), default="top", help=sampling)
     command.set_defaults(run=_mine)
+
+
+def _add_cotrain(commands: Any) -> None:
+    summary = "two students, each trained with the other as its guide, in rounds; the same command resumes"
+    command = commands.add_parser("cotrain", help=summary, description=summary)
+    for name in ("first", "second"):
+        command.add_argument(name, metavar="RECIPE", help="a YAML file, or a packaged recipe")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of both recipes")
+    command.add_argument("--rounds", type=int, required=True, metavar="N", help="how often each is trained")
+    command.add_argument("--no-fixed", action="store_true", help="without the same steps with a guide that stays")
+    command.set_defaults(run=_cotrain)
 
 
 def _add_cluster(commands: Any) -> None:
@@ -309,6 +322,24 @@ def _mine(arguments: argparse.Namespace) -> int:
     with live_view(config.name):
         mined = mine(config, MineOptions(**options), arguments.output)
     _say(mined.lines())
+    return 0
+
+
+def _cotrain(arguments: argparse.Namespace) -> int:
+    pair = [load_recipe(recipe, arguments.overrides) for recipe in (arguments.first, arguments.second)]
+    names = " and ".join(config.name for config in pair)
+    print(f"gist_dist {__version__}: {names}, {arguments.rounds} rounds", file=sys.stderr, flush=True)
+    from gist_dist.live import live_view
+    from gist_dist.on_ray.cotrain import cotrain
+    from gist_dist.on_ray.driver import Stopped
+
+    try:
+        with live_view(names):
+            rounds = cotrain(pair[0], pair[1], arguments.rounds, with_fixed=not arguments.no_fixed)
+    except Stopped as stopped:
+        print(f"gist-dist: {stopped}; the same command resumes", file=sys.stderr)
+        return INTERRUPTED
+    _say(rounds.lines())
     return 0
 
 

@@ -196,7 +196,7 @@ class _Sample:
                 counts.add(block, masked)
                 for temperature, sums in weights.items():
                     sums.add(block, masked, temperature)
-        told = [{"temperature": t} | sums.means(self.cluster is not None) for t, sums in weights.items()]
+        told = [{"temperature": t, **sums.means(self.cluster is not None)} for t, sums in weights.items()]
         return {"rows": size} | counts.shares(self.cluster is not None) | {"temperatures": told}
 
     def margins(self, size: int) -> list[dict[str, Any]]:
@@ -209,7 +209,7 @@ class _Sample:
                     counts[margin].add(block, masked)
                     weights[margin].add(block, masked, self.config.loss.temperature)
         known = self.cluster is not None
-        return [{"margin": m} | counts[m].shares(known) | weights[m].means(known) for m in margins]
+        return [{"margin": m, **counts[m].shares(known), **weights[m].means(known)} for m in margins]
 
     def agreement(self, size: int) -> dict[str, float]:
         """How alike student and guide order the candidates of a row: the mean correlation of their similarities, and
@@ -241,18 +241,17 @@ class _Sample:
                     }
                 for kind, chosen in kinds.items():
                     best, column = block.scores.masked_fill(~chosen, -torch.inf).max(dim=1)
-                    for score, row, at in zip(best.tolist(), block.rows.tolist(), column.tolist(), strict=True):
-                        if score > -torch.inf:
-                            picked[kind].append((score, batch, row, at))
+                    found = zip(best.tolist(), block.rows.tolist(), column.tolist(), strict=True)
+                    picked[kind] += [(score, batch, row, at) for score, row, at in found if score > -torch.inf]
         examples, seen = list[dict[str, Any]](), set[tuple[int, int]]()
         for kind, picks in picked.items():
             left = EXAMPLES
-            for _, batch, row, column in sorted(picks, key=lambda pick: -pick[0]):
-                pair = batch.pair(row, column)
+            for _, owner, row, at in sorted(picks, key=lambda pick: -pick[0]):
+                pair = owner.pair(row, at)
                 if left and pair not in seen and pair[::-1] not in seen:
                     seen.add(pair)
                     left -= 1
-                    examples.append({"kind": kind} | batch.describe(self.corpus, row, column))
+                    examples.append({"kind": kind} | owner.describe(self.corpus, row, at))
         return examples
 
 
@@ -341,7 +340,7 @@ class _Weights:
     """Means over rows of the weight that known false negatives and masked candidates have in a row."""
 
     def __init__(self) -> None:
-        self.sums, self.num_rows = Counter[str](), 0
+        self.sums, self.num_rows = defaultdict[str, float](float), 0
 
     def add(self, block: _Block, masked: Bool[Tensor, "b c"], temperature: float) -> None:
         scores = (block.scores / temperature).masked_fill(block.identical, -torch.inf)

@@ -1,6 +1,7 @@
 """The page of `gist-dist inspect`, and the same in numbers beside it."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,11 @@ def write_inspection(contents: dict[str, Any], page: Path) -> list[str]:
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         for file, text in ((page, html), (page.with_suffix(".json"), numbers)):
-            write_atomically(file, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+            write_atomically(file, partial(_write, text))
     except OSError as error:
         raise UserError(f"--out {page}: can't be written: {error.strerror}") from None
     return [f"page     {page}", f"numbers  {page.with_suffix('.json')}"]
+
+
+def _write(text: str, file: Path) -> None:
+    file.write_text(text, encoding="utf-8")

@@ -136,11 +136,11 @@ def mine_for_training(
     mined = by_row(corpus, rows, search, np.concatenate(parts))
     name = keep_array(config, MINED, inputs, mined)
     shutil.rmtree(blocks, ignore_errors=True)
-    found = int((mined >= 0).sum())
+    num_found = int((mined >= 0).sum())
     logger.info(
-        "mined %.2f of %d hard negatives a row, in %.1f s%s", found / len(rows), options.negatives,
+        "mined %.2f of %d hard negatives a row, in %.1f s%s", num_found / len(rows), options.negatives,
         time.monotonic() - started,
-        "; a smaller data.mine.relative_margin lets more pass" if 2 * found < options.negatives * len(rows) else "",
+        "; a smaller data.mine.relative_margin lets more pass" if 2 * num_found < options.negatives * len(rows) else "",
     )  # fmt: skip
     return mined, name
 
