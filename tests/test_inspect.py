@@ -121,6 +121,14 @@ def test_labels_and_shared_texts_tell_what_belongs_together(inspected):
         assert {example["kind"] for example in source["examples"]} & {"dropped, known", "kept, known"}
 
 
+def test_clustered_batches_are_nearer_to_the_guide(inspected):
+    """Rows of one topic come together, and so more known false negatives."""
+    (random,), near = inspected["sources"][0]["sizes"], inspected["sources"][0]["clustered"]
+    assert near["rows"] == 16 and near["known_fraction"] > 1.3 * random["known_fraction"]
+    for source in inspected["sources"]:
+        assert any(sentence.startswith("Clustered batches have hardness") for sentence in source["advice"])
+
+
 def test_a_guide_that_sees_as_the_student_agrees_with_it(tree):
     config = parse_config(tree | {"guide": {"mode": "self"}, "data": {"sources": tree["data"]["sources"][:1]}})
     (source,) = inspect(config, *prepare(config)).contents["sources"]

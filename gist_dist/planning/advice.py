@@ -17,7 +17,7 @@ GOOD, UNCERTAIN, POOR, NOTHING = "worth it", "to be judged", "leaves much", "not
 def advise_source(source: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
     verdict, why = judge_guide(source, recipe)
     sentences = [f"Guide {verdict}: {why}."]
-    sentences += [s for s in (_temperature(source, recipe), _margin(source, recipe), _size(source, recipe)) if s]
+    sentences += [s for s in (f(source, recipe) for f in (_temperature, _margin, _size, _mixing)) if s]
     return sentences
 
 
@@ -109,6 +109,20 @@ def _size(source: dict[str, Any], recipe: dict[str, Any]) -> str | None:
         f"Hardness is {hardness[min(hardness)]:.2f} with {min(hardness):,} rows and {hardness[largest]:.2f} with "
         f"{largest:,}; {enough:,} rows have at least {percent(ENOUGH)} of that."
     )
+
+
+def _mixing(source: dict[str, Any], recipe: dict[str, Any]) -> str | None:
+    if not source.get("clustered"):
+        return None
+    random, near = weights_at(source, recipe), _weights(source["clustered"], recipe)
+    told = f"Clustered batches have hardness {near['hardness']:.2f}, random ones {random['hardness']:.2f}; the guide "
+    told += (
+        f"takes {percent(near['masked_weight'])} of their weight, {percent(random['masked_weight'])} of random ones'"
+    )
+    if near["known_weight"] is not None:
+        known, left = percent(near["known_weight"]), percent(near["known_weight_left"])
+        told += f", and leaves {left} of the {known} that known false negatives have there"
+    return f"{told}."
 
 
 def size_at(sizes: list[dict[str, Any]], recipe: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.core.candidate_table import CandidateTable
 from gist_dist.core.loss import BatchIndex, false_negatives
 from gist_dist.core.plan import plan_batch
+from gist_dist.data.clusters import cluster_source, neighbours_together
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sources import Source
 from gist_dist.models.encoder import Guide, Student
@@ -127,6 +128,7 @@ def _inspect_source(
         "largest_cluster": max(counts.values(), default=0),
         "sizes": measured,
         "margins": sample.margins(at),
+        "clustered": sample.clustered(at) if guide and 2 * at <= len(rows) else None,
         "agreement": sample.agreement(at),
         "examples": sample.examples(at) if config.tracking.report_texts else [],
     }
@@ -198,6 +200,16 @@ class _Sample:
                     sums.add(block, masked, temperature)
         told = [{"temperature": t, **sums.means(self.cluster is not None)} for t, sums in weights.items()]
         return {"rows": size} | counts.shares(self.cluster is not None) | {"temperatures": told}
+
+    def clustered(self, size: int) -> dict[str, Any]:
+        """As measure(), of batches of neighbours. Among all rows of the source neighbours are nearer than in a sample,
+        and so batches harder."""
+        ends = [np.searchsorted(self.texts, of[self.rows]) for of in (self.corpus.anchors, self.corpus.positives)]
+        vectors = torch.nn.functional.normalize(self.guide[ends[0]] + self.guide[ends[1]], dim=1).numpy()
+        places, seed = np.arange(len(self.rows)), self.config.seed
+        clusters = cluster_source(places, lambda chosen: vectors[chosen], size, seed)
+        order = neighbours_together(places, clusters, 1.0, np.random.default_rng(seed))
+        return replace(self, rows=self.rows[order]).measure(size)
 
     def margins(self, size: int) -> list[dict[str, Any]]:
         margins = sorted({*MARGINS, self.config.loss.margin})
