@@ -42,7 +42,7 @@ def advise(sources: list[dict[str, Any]], recipe: dict[str, Any]) -> list[str]:
         )
     easy = [s["name"] for s in sources if weights_at(s, recipe)["hardness"] < EASY]
     if easy:
-        remedy = "a lower loss.temperature, a larger batch or mined negatives"
+        remedy = "a larger batch or mined negatives (data.mine)"
         if recipe["mixing"] != "clustered":
             remedy = f"data.mixing=clustered, {remedy}"
         advice.append(f"Batches are easy for the untrained student in {listed(easy)}: {remedy} would make them harder.")
