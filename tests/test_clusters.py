@@ -20,6 +20,7 @@ from gist_dist.data.sampler import Sampler
 from gist_dist.data.statistics import repeated_texts
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.on_ray.driver import prepare
+from gist_dist.on_ray.tasks import clusters as tasks
 from gist_dist.planning.preview import preview
 from gist_dist.training.trainer import train
 
@@ -107,6 +108,19 @@ def test_clusters_are_made_once_and_found_by_their_content(tree, prepared, monke
     assert again.name == made.name and np.array_equal(again.of_row, made.of_row)
     assert len(np.unique(made.of_row[prepared.corpus.source == 0])) == TOPICS
     assert set(made.of_row[prepared.corpus.source == 1].tolist()) == {0}
+
+
+@pytest.mark.ray
+def test_rows_find_their_centres_in_ray_tasks_as_in_this_process(ray_session, tree, prepared, tmp_path, monkeypatch):
+    config = parse_config(tree | {"seed": 3})
+    monkeypatch.setattr(tasks, "IN_PROCESS_FLOPS", 0)
+    monkeypatch.setattr(tasks, "ROWS_OF_TASK", 20)
+    made = tasks.cluster_on_ray(config, prepared.corpus, prepared.guide)
+    (file,) = (file for file in (Path(config.corpora_dir) / "clusters").iterdir() if file.name == made.name)
+    file.unlink()
+    monkeypatch.setattr(tasks, "IN_PROCESS_FLOPS", 1e13)
+    again = tasks.cluster_on_ray(config, prepared.corpus, prepared.guide)
+    assert again.name == made.name and np.array_equal(again.of_row, made.of_row) and len(np.unique(made.of_row)) > 1
 
 
 def test_damaged_clusters_are_refused(tree, tmp_path):

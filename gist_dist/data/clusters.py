@@ -33,6 +33,8 @@ ROWS_AT_ONCE = 2**13
 
 RowVectors = Callable[[np.ndarray], np.ndarray]
 """Row numbers → unit vectors [r e] in fp32."""
+Assign = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Row numbers, centres [k e] → the number of the nearest centre of every row."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,11 @@ class RowClusters:
         return digest_of(self.name)
 
 
-def make_clusters(config: RunConfig, corpus: Corpus, guide: str, vectors: RowVectors) -> RowClusters:
-    """The clusters that an equal recipe has made before, or new ones, which are kept. guide: its fingerprint."""
+def make_clusters(
+    config: RunConfig, corpus: Corpus, guide: str, vectors: RowVectors, assign: Assign | None = None
+) -> RowClusters:
+    """The clusters that an equal recipe has made before, or new ones, which are kept. guide: its fingerprint. assign:
+    how many rows find their centres; None: in this process."""
     size = config.data.clustering.rows_per_cluster or config.batch.global_size
     inputs = {"format": FORMAT, "data": corpus.manifest["content"], "guide": guide, "seed": config.seed, "size": size}
     if found := find_array(config, KIND, inputs):
@@ -57,7 +62,7 @@ def make_clusters(config: RunConfig, corpus: Corpus, guide: str, vectors: RowVec
     started, of_row = time.monotonic(), np.zeros(corpus.num_rows, np.int32)
     for source in range(len(corpus.source_names)):
         rows = np.flatnonzero(corpus.source == source)
-        of_row[rows] = cluster_source(rows, vectors, size, config.seed)
+        of_row[rows] = cluster_source(rows, vectors, size, config.seed, assign)
     name = keep_array(config, KIND, inputs, of_row)
     logger.info("clustered %s rows in %.1f s", f"{len(of_row):,}", time.monotonic() - started)
     return RowClusters(of_row, name)
@@ -79,7 +84,9 @@ def row_vectors(corpus: Corpus, cache: GuideCache) -> RowVectors:
     return vectors
 
 
-def cluster_source(rows: np.ndarray, vectors: RowVectors, size: int, seed: int) -> Int32[np.ndarray, " r"]:
+def cluster_source(
+    rows: np.ndarray, vectors: RowVectors, size: int, seed: int, assign: Assign | None = None
+) -> Int32[np.ndarray, " r"]:
     """The cluster of each of these rows, about so many rows in each, numbered along the tour."""
     num_clusters = min(round(len(rows) / size), MAX_CLUSTERS)
     if num_clusters < 2:
@@ -89,6 +96,12 @@ def cluster_source(rows: np.ndarray, vectors: RowVectors, size: int, seed: int) 
     if len(rows) > num_fitted:
         fitted = np.sort(np.random.default_rng(seed).choice(rows, num_fitted, replace=False))
     centres = tour(_centres(vectors(fitted), num_clusters, seed))
+    return assign(rows, centres) if assign else nearest_centres(rows, centres, vectors)
+
+
+def nearest_centres(
+    rows: np.ndarray, centres: Float32[np.ndarray, "k e"], vectors: RowVectors
+) -> Int32[np.ndarray, " r"]:
     nearest = np.empty(len(rows), np.int32)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 from gist_dist.common.errors import UserError
 from gist_dist.common.signals import stop_requests
 from gist_dist.config import RunConfig
-from gist_dist.data.clusters import make_clusters, row_vectors
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.evaluation.evaluate import read_results
 from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.models.encoder import Guide, Student
-from gist_dist.models.guide_cache import guide_fingerprint, open_guide_cache
+from gist_dist.models.guide_cache import guide_fingerprint
 from gist_dist.on_ray.cluster.connect import check_resources, connected
+from gist_dist.on_ray.tasks.clusters import cluster_on_ray
 from gist_dist.on_ray.tasks.evaluation import evaluate_models
 from gist_dist.on_ray.tasks.mine import mine_for_training
 from gist_dist.on_ray.tasks.precompute import precompute
@@ -109,8 +109,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.data.mixing == "clustered" and guide is not None:
         Sampler(corpus, config)  # what can't be batched is said before the guide encodes all texts
         precompute(config, corpus, guide)
-        cache = open_guide_cache(config, guide)
-        corpus.clusters = make_clusters(config, corpus, cache.fingerprint, row_vectors(corpus, cache))
+        corpus.clusters = cluster_on_ray(config, corpus, guide)
     return Prepared(student, guide, corpus)
 
 

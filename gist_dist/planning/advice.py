@@ -116,9 +116,7 @@ def _mixing(source: dict[str, Any], recipe: dict[str, Any]) -> str | None:
         return None
     random, near = weights_at(source, recipe), _weights(source["clustered"], recipe)
     told = f"Clustered batches have hardness {near['hardness']:.2f}, random ones {random['hardness']:.2f}; the guide "
-    told += (
-        f"takes {percent(near['masked_weight'])} of their weight, {percent(random['masked_weight'])} of random ones'"
-    )
+    told += f"takes {percent(near['masked_weight'])} of their weight, {percent(random['masked_weight'])} of the others'"
     if near["known_weight"] is not None:
         known, left = percent(near["known_weight"]), percent(near["known_weight_left"])
         told += f", and leaves {left} of the {known} that known false negatives have there"
