@@ -1,6 +1,5 @@
 """Clustered batches: neighbours to the guide, every row once an epoch, a function of data, guide, seed and step."""
 
-import json
 import random
 import re
 from pathlib import Path
@@ -8,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from tiny_runs import assert_same_run
+import torch
+from tiny_runs import assert_same_run, curve
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.data import clusters as module
-from gist_dist.data.clusters import RowClusters, cluster_source, neighbours_together, read_clusters
+from gist_dist.data.clusters import cluster_source, neighbours_together, read_clusters
 from gist_dist.data.corpus import Corpus
+from gist_dist.data.kept_arrays import keep_array
 from gist_dist.data.sampler import Sampler
 from gist_dist.data.statistics import repeated_texts
 from gist_dist.models.encoder import Guide, Student
@@ -111,6 +112,7 @@ def test_clusters_are_made_once_and_found_by_their_content(tree, prepared, monke
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_rows_find_their_centres_in_ray_tasks_as_in_this_process(ray_session, tree, prepared, tmp_path, monkeypatch):
     config = parse_config(tree | {"seed": 3})
     monkeypatch.setattr(tasks, "IN_PROCESS_FLOPS", 0)
@@ -198,38 +200,37 @@ def test_plan_tells_how_hard_batches_are(tree, prepared):
     assert "mixing      clustered: 100% of a batch's rows are neighbours" in page
 
 
-def run(world: World, tree, place: str, name: str):
+def run(world: World, tree, place: str, name: str, wants=lambda: None, dtype=torch.float32) -> str:
+    """With the clusters of that name, as a worker reads them."""
     config = parse_config(tree)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    corpus = Corpus(Path(place))
+    corpus, encoders = Corpus(Path(place)), (Student(config.student), Guide(config.guide))
     corpus.clusters = read_clusters(config, name)
-    return train(config, corpus, Student(config.student), Guide(config.guide), world)
+    for encoder in encoders:
+        encoder.model.to(dtype)
+    return train(config, corpus, *encoders, world, wants)
 
 
-def test_resumed_runs_go_on_with_the_same_batches_on_any_number_of_workers(tree, prepared, tmp_path):
-    whole, cut = (tree | {"name": name} for name in ("whole", "cut"))
-    place, name = prepared.corpus.place, prepared.corpus.clusters.name
-    assert run(World(), whole, place, name) == "finished"
-    (two,) = {str(r) for r in tiny.run_group(run, 2, tmp_path / "two", tree | {"name": "two"}, place, name)}
-    assert two == "finished"
-    lines = {
-        key: [json.loads(line) for line in (parse_config(tree | {"name": key}).run_dir / "metrics.jsonl").open()]
-        for key in ("whole", "two")
-    }
-    for one, other in zip(lines["whole"], lines["two"], strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert one["guide_candidate_similarity"] == pytest.approx(other["guide_candidate_similarity"], rel=1e-6)
-    wants = iter([None] * 4 + ["stop"])
-    config = parse_config(cut)
-    config.run_dir.mkdir(parents=True)
-    corpus = Corpus(prepared.corpus.folder)
-    corpus.clusters = prepared.corpus.clusters
-    assert (
-        train(config, corpus, Student(config.student), Guide(config.guide), World(), lambda: next(wants)) == "stopped"
-    )
-    other = RowClusters(corpus.clusters.of_row, corpus.clusters.name.replace("-", "-0", 1))
-    corpus.clusters = other
+def run_in_fp64(world: World, *arguments) -> str:
+    return run(world, *arguments, dtype=torch.float64)
+
+
+def test_curves_do_not_depend_on_the_number_of_workers(tree, prepared, tmp_path):
+    one, two = tree | {"name": "one"}, tree | {"name": "two"}
+    made = prepared.corpus.place, prepared.corpus.clusters.name
+    assert run_in_fp64(World(), one, *made) == "finished"
+    assert tiny.run_group(run_in_fp64, 2, tmp_path / "two", two, *made) == ["finished", "finished"]
+    assert_same_run(one, two, tolerance=1e-9)
+    assert all(line["guide_candidate_similarity"] for line in curve(one))
+
+
+def test_a_resumed_run_is_the_run_and_needs_the_same_clusters(tree, prepared):
+    whole, cut, place = tree | {"name": "whole"}, tree | {"name": "cut"}, prepared.corpus.place
+    made, wants = prepared.corpus.clusters, iter([None] * 4 + ["stop"])
+    assert run(World(), whole, place, made.name) == "finished"
+    assert run(World(), cut, place, made.name, lambda: next(wants)) == "stopped"
+    other = keep_array(parse_config(tree), "clusters", {}, made.of_row[::-1])
     with pytest.raises(UserError, match=r"clusters was .* and is now"):
-        train(config, corpus, Student(config.student), Guide(config.guide), World())
-    assert run(World(), cut, place, name) == "finished"
+        run(World(), cut, place, other)
+    assert run(World(), cut, place, made.name) == "finished"
     assert_same_run(whole, cut)
