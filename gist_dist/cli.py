@@ -272,7 +272,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from gist_dist.report.inspection import write_inspection
 
     with live_view(config.name):
-        inspected = inspect(config, *prepare(config), arguments.rows)
+        inspected = inspect(config, *prepare(config, clustered=False), arguments.rows)
     page = arguments.out or Path(config.output_dir) / f"inspect-{config.name}.html"
     _say([*inspected.lines(), *write_inspection(inspected.contents, page)])
     return 0

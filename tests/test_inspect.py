@@ -155,11 +155,14 @@ def test_advice_follows_the_weights():
 
 
 def test_page_and_numbers_are_written(tree, tmp_path, capsys):
+    """Of a recipe whose batches are clustered too, without the guide encoding more than the sample and the set."""
     file, page = tmp_path / "recipe.yaml", tmp_path / "seen.html"
-    file.write_text(json.dumps(tree))
+    clustered = tree | {"output_dir": str(tmp_path), "data": tree["data"] | {"mixing": "clustered"}}
+    file.write_text(json.dumps(clustered))
     assert main(["inspect", str(file), "--out", str(page), "--rows", "20"]) == 0
     out = capsys.readouterr().out
     assert "weights at temperature 0.1" in out and str(page) in out
+    assert not (tmp_path / "corpora" / "clusters").exists()
     numbers = json.loads(page.with_suffix(".json").read_text())
     assert [source["sampled_rows"] for source in numbers["sources"]] == [20, 20]
     html = page.read_text()

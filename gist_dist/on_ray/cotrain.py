@@ -45,7 +45,9 @@ def cotrain(first: RunConfig, second: RunConfig, rounds: int, with_fixed: bool =
     for planned in runs[:2]:
         if not RunFolder(planned.config).is_trained():
             check_tasks(planned.config.evaluate)
-            prepare(planned.config)  # mistakes in the second recipe are named before the first is trained
+            prepare(
+                planned.config, clustered=False
+            )  # mistakes in the second recipe are named before the first is trained
     with connected(pair[0].cluster):
         for planned in runs:
             logger.info("round %d of %d: %s with %s", planned.round, rounds, planned.student, _guide_of(planned))

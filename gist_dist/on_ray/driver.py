@@ -99,14 +99,15 @@ class Prepared(NamedTuple):
     corpus: Corpus
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """UserError for models or data that can't be had."""
+def prepare(config: RunConfig, clustered: bool = True) -> Prepared:
+    """UserError for models or data that can't be had. clustered: with the clusters that data.mixing asks for, for which
+    the guide encodes all texts."""
     logger.info("loading models and preparing data")
     student = Student(config.student)
     guide = Guide(config.guide_or_student) if config.has_guide_model else None
     _check_refresh(config, student, guide)
     corpus = prepare_on_ray(resolve_classification(config, student, guide), student, guide)
-    if config.data.mixing == "clustered" and guide is not None:
+    if clustered and config.data.mixing == "clustered" and guide is not None:
         Sampler(corpus, config)  # what can't be batched is said before the guide encodes all texts
         precompute(config, corpus, guide)
         corpus.clusters = cluster_on_ray(config, corpus, guide)
