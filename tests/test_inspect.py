@@ -51,7 +51,7 @@ def inspected(tree):
 def test_counts_are_those_of_the_loss(tree, inspected):
     config = parse_config(tree)
     student, guide, corpus = prepare(config)
-    rows = module._sample(config, corpus, 0, 4096)[:16]
+    rows = module._sample(config, corpus, 0, None)[:16]
     plan = plan_batch(corpus, rows, 0, 128, False)
     batch = BatchIndex(*(torch.from_numpy(a) for a in (plan.anchors, plan.positives, plan.negatives, plan.identity)))
     frozen = Guide.copy_of(student, config.guide)
@@ -176,6 +176,18 @@ def test_page_and_numbers_are_written(tree, tmp_path, capsys):
 def test_what_cannot_be_measured_is_said_before_models_are_loaded(tree, changes, rows, complaint):
     with pytest.raises(UserError, match=complaint):
         module.check_inspect(parse_config(tree | changes), rows)
+
+
+def test_long_texts_are_sampled_less_unless_rows_are_asked_for(tree, monkeypatch):
+    config = parse_config(tree)
+    corpus = prepare(config).corpus
+    lengths = corpus.student_lengths[corpus.anchors] + corpus.student_lengths[corpus.positives]
+    monkeypatch.setattr(module, "FEWEST_ROWS", 5)
+    monkeypatch.setattr(module, "TOKENS_OF_SOURCE", 200)
+    rows = module._sample(config, corpus, 0, None)
+    assert 5 < len(rows) < ROWS and lengths[rows].sum() <= 200
+    assert np.array_equal(module._sample(config, corpus, 0, 30)[: len(rows)], rows)
+    assert len(module._sample(config, corpus, 0, 30)) == 30
 
 
 def test_texts_stay_out_of_a_page_that_shall_show_none(tree):

@@ -41,7 +41,8 @@ TEMPERATURES = (0.01, 0.02, 0.05, 0.1)
 MARGINS = (-0.1, -0.05, 0.0, 0.05, 0.1)
 DEFAULT_ROWS = 4096
 TOKENS_OF_SOURCE, FEWEST_ROWS = 200_000, 256
-"""A sample has about so many tokens at most, so that long texts take minutes and not hours; but never fewer rows."""
+"""Unless a number of rows is asked for, a sample has about so many tokens at most, so that long texts take minutes and
+not hours; but never fewer rows."""
 SCORED_ROWS, ROWS_AT_ONCE = 512, 64
 NEAREST = 10
 EXAMPLES = 4
@@ -67,7 +68,7 @@ class Inspection:
 
 
 def inspect(
-    config: RunConfig, student: Student, guide: Guide | None, corpus: Corpus, max_rows: int = DEFAULT_ROWS
+    config: RunConfig, student: Student, guide: Guide | None, corpus: Corpus, max_rows: int | None = None
 ) -> Inspection:
     """Measure every source of a prepared corpus. guide: None in mode self. UserError without any guide."""
     check_inspect(config, max_rows)
@@ -95,18 +96,18 @@ def inspect(
     return Inspection(contents | {"advice": advise(sources, recipe)})
 
 
-def check_inspect(config: RunConfig, max_rows: int) -> None:
+def check_inspect(config: RunConfig, max_rows: int | None) -> None:
     """UserError for what could not be measured, before anything is loaded."""
     if config.guide is None:
         raise UserError(
             "guide: there is no guide to inspect; set guide.model, or guide.mode=self to look at the student as its own"
         )
-    if max_rows < 2:
+    if max_rows is not None and max_rows < 2:
         raise UserError(f"--rows {max_rows}: a batch has at least 2 rows")
 
 
 def _inspect_source(
-    config: RunConfig, student: Guide, guide: Guide | None, corpus: Corpus, number: int, max_rows: int
+    config: RunConfig, student: Guide, guide: Guide | None, corpus: Corpus, number: int, max_rows: int | None
 ) -> dict[str, Any]:
     rows = _sample(config, corpus, number, max_rows)
     texts = np.unique(np.concatenate([corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)]))
@@ -134,14 +135,16 @@ def _inspect_source(
     }
 
 
-def _sample(config: RunConfig, corpus: Corpus, number: int, max_rows: int) -> np.ndarray:
-    """Rows of a source in random order, as many as the limits allow."""
+def _sample(config: RunConfig, corpus: Corpus, number: int, max_rows: int | None) -> np.ndarray:
+    """Rows of a source in random order: so many, or by default as many as the limits allow."""
     rows = np.flatnonzero(corpus.source == number)
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(config.seed, spawn_key=(SAMPLE, number))))
-    rows = rng.permutation(rows)[:max_rows]
+    rows = rng.permutation(rows)
+    if max_rows is not None:
+        return rows[:max_rows]
     lengths = corpus.student_lengths.astype(np.int64)
     tokens = np.cumsum(lengths[corpus.anchors[rows]] + lengths[corpus.positives[rows]])
-    return rows[: max(FEWEST_ROWS, int(np.searchsorted(tokens, TOKENS_OF_SOURCE)))]
+    return rows[: min(DEFAULT_ROWS, max(FEWEST_ROWS, int(np.searchsorted(tokens, TOKENS_OF_SOURCE))))]
 
 
 def _known_clusters(config: RunConfig, corpus: Corpus, number: int) -> tuple[str | None, Int[np.ndarray, " n"]]:
