@@ -153,7 +153,7 @@ def _add_inspect(commands: Any) -> None:
     summary = "what guide, batch size, temperature and margin are worth on these data, before anything is trained"
     command = commands.add_parser("inspect", help=summary, description=summary)
     _add_recipe(command)
-    rows = "looked at of each source, at most (default: 4096, fewer of long texts)"
+    rows = "looked at of each source, at most (default: 2048, fewer of long texts)"
     command.add_argument("--rows", type=int, metavar="N", help=rows)
     command.add_argument("--out", type=Path, metavar="PAGE", help="write there (default: output_dir/inspect-NAME.html)")
     command.set_defaults(run=_inspect)

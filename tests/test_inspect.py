@@ -38,7 +38,7 @@ def tree(tmp_path_factory):
     ]  # fmt: skip
     return tiny.recipe(
         folder, tiny.save_tiny_model(folder / "student"), tiny.save_tiny_model(folder / "guide", seed=1),
-        data={"sources": sources}, batch={"global_size": 16, "chunk_tokens": 128}, loss={"temperature": 0.1},
+        data={"sources": sources}, batch={"global_size": 8, "chunk_tokens": 128}, loss={"temperature": 0.1},
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_labels_and_shared_texts_tell_what_belongs_together(inspected):
     pairs, labels = inspected["sources"]
     assert (pairs["truth"], pairs["clusters"], labels["truth"], labels["clusters"]) == ("pairs", 8, "labels", 4)
     for source in (pairs, labels):
-        assert [size["rows"] for size in source["sizes"]] == [16]  # the recipe's; 64 rows are not there
+        assert [size["rows"] for size in source["sizes"]] == [8]  # the recipe's; 64 rows are not there
         (size,) = source["sizes"]
         assert 0 < size["precision"] <= 1 and 0 < size["recall"] <= 1
         known = [at["known_weight"] for at in size["temperatures"]]
@@ -124,9 +124,9 @@ def test_labels_and_shared_texts_tell_what_belongs_together(inspected):
 def test_clustered_batches_are_nearer_to_the_guide(inspected):
     """Rows of one topic come together, and so more known false negatives."""
     (random,), near = inspected["sources"][0]["sizes"], inspected["sources"][0]["clustered"]
-    assert near["rows"] == 16 and near["known_fraction"] > 1.3 * random["known_fraction"]
+    assert near["rows"] == 8 and near["known_fraction"] > 1.3 * random["known_fraction"]
     for source in inspected["sources"]:
-        assert any(sentence.startswith("Clustered batches have hardness") for sentence in source["advice"])
+        assert any(sentence.startswith("Clustered batches of 8 rows have hardness") for sentence in source["advice"])
 
 
 def test_a_guide_that_sees_as_the_student_agrees_with_it(tree):

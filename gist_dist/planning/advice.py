@@ -114,9 +114,13 @@ def _size(source: dict[str, Any], recipe: dict[str, Any]) -> str | None:
 def _mixing(source: dict[str, Any], recipe: dict[str, Any]) -> str | None:
     if not source.get("clustered"):
         return None
-    random, near = weights_at(source, recipe), _weights(source["clustered"], recipe)
-    told = f"Clustered batches have hardness {near['hardness']:.2f}, random ones {random['hardness']:.2f}; the guide "
-    told += f"takes {percent(near['masked_weight'])} of their weight, {percent(random['masked_weight'])} of the others'"
+    same_size = next(size for size in source["sizes"] if size["rows"] == source["clustered"]["rows"])
+    random, near = (_weights(size, recipe) for size in (same_size, source["clustered"]))
+    told = f"Clustered batches of {same_size['rows']:,} rows have hardness {near['hardness']:.2f}, random ones "
+    told += (
+        f"{random['hardness']:.2f}; the guide takes {percent(near['masked_weight'])} of their weight, of the others' "
+    )
+    told += percent(random["masked_weight"])
     if near["known_weight"] is not None:
         known, left = percent(near["known_weight"]), percent(near["known_weight_left"])
         told += f", and leaves {left} of the {known} that known false negatives have there"

@@ -39,11 +39,13 @@ logger = logging.getLogger(__name__)
 SIZES = (64, 256, 1024, 4096, 16384, 65536)
 TEMPERATURES = (0.01, 0.02, 0.05, 0.1)
 MARGINS = (-0.1, -0.05, 0.0, 0.05, 0.1)
-DEFAULT_ROWS = 4096
-TOKENS_OF_SOURCE, FEWEST_ROWS = 200_000, 256
+DEFAULT_ROWS = 2048
+TOKENS_OF_SOURCE, FEWEST_ROWS = 150_000, 256
 """Unless a number of rows is asked for, a sample has about so many tokens at most, so that long texts take minutes and
 not hours; but never fewer rows."""
 SCORED_ROWS, ROWS_AT_ONCE = 512, 64
+FEWEST_CLUSTERS = 4
+"""Batches that a sample must hold to be clustered; else the nearest smaller size is."""
 NEAREST = 10
 EXAMPLES = 4
 """Of each kind and source."""
@@ -119,6 +121,7 @@ def _inspect_source(
     sizes = sorted({size for size in (*SIZES, config.batch.global_size) if size <= len(rows)} or {len(rows)})
     measured = [sample.measure(size) for size in sizes]
     at = size_at(measured, {"global_size": config.batch.global_size})["rows"]
+    few = [size for size in sizes if size <= at and FEWEST_CLUSTERS * size <= len(rows)]
     counts = Counter(cluster[corpus.anchors[np.flatnonzero(corpus.source == number)]].tolist()) if truth else {}
     return {
         "name": corpus.source_names[number],
@@ -129,7 +132,7 @@ def _inspect_source(
         "largest_cluster": max(counts.values(), default=0),
         "sizes": measured,
         "margins": sample.margins(at),
-        "clustered": sample.clustered(at) if guide and 2 * at <= len(rows) else None,
+        "clustered": sample.clustered(max(few)) if guide and few else None,
         "agreement": sample.agreement(at),
         "examples": sample.examples(at) if config.tracking.report_texts else [],
     }
