@@ -13,6 +13,7 @@ from tiny import prepared, recipe, save_tiny_model, words, write_jsonl
 from torch.nn import functional as F
 
 from gist_dist.config import LossConfig
+from gist_dist.core.candidate_table import mean_guide_similarity
 from gist_dist.core.collectives import World
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.plan import plan_batch
@@ -201,3 +202,12 @@ def test_a_disk_that_refuses_costs_the_examples_only(stage, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         write_masked_examples(config, corpus, plan, scored)
     assert "the report goes without it" in caplog.text
+
+
+def test_similarity_of_candidates_is_the_mean_over_all_pairs_of_rows(stage):
+    _, corpus = stage
+    _, scored = scored_batch(corpus)
+    batch, guide = scored.batch, scored.guide
+    g = batch.num_rows
+    pairs = [guide[batch.anchors[i]] @ guide[batch.positives[j]] for i in range(g) for j in range(g) if i != j]
+    assert mean_guide_similarity(batch, guide) == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-12)

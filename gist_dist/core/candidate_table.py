@@ -15,9 +15,9 @@ from gist_dist.core.loss import BatchIndex, false_negatives
 
 def mean_guide_similarity(batch: BatchIndex, guide: Float[Tensor, "u e"]) -> float:
     """How near the positives of other rows are to a row's anchor, to the guide: how hard a batch is."""
-    anchors, positives, g = guide[batch.anchors].double(), guide[batch.positives].double(), batch.num_rows
-    own = (anchors * positives).sum()
-    return float((anchors.sum(dim=0) @ positives.sum(dim=0) - own) / max(1, g * (g - 1)))
+    anchors, positives, g = guide[batch.anchors], guide[batch.positives], batch.num_rows
+    total = anchors.sum(dim=0, dtype=torch.float64) @ positives.sum(dim=0, dtype=torch.float64)
+    return float((total - (anchors * positives).sum(dtype=torch.float64)) / max(1, g * (g - 1)))
 
 
 class CandidateTable:
