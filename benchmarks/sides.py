@@ -28,6 +28,7 @@ from gist_dist.core.plan import BatchPlan, plan_batch
 from gist_dist.core.step import StepResult, Trainee, train_step
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Padded, Student, override_dropout, pad
+from gist_dist.models.packing import Packed
 
 # ---- models --------------------------------------------------------------------------------------
 
@@ -273,8 +274,8 @@ class Ours:
 
     def plan(self, n: int) -> BatchPlan:
         self.num_steps += 1  # new dropout for every step, as in training
-        config, rows = self.config, np.arange(n)
-        plan = plan_batch(self.corpus, rows, self.num_steps, config.batch.chunk_tokens, self.guide is not None)
+        rows = np.arange(n)
+        plan = plan_batch(self.corpus, rows, self.num_steps, self.trainee.chunk_rule, self.guide is not None)
         if self.cache is None:
             return plan
         cache, positions = self.cache
@@ -324,10 +325,11 @@ class Encoded:
 
 
 def _recording(encode: Callable[..., Tensor], name: str, calls: list[Encoded]) -> Callable[..., Tensor]:
-    def recording(padded: Padded, *arguments: Any, **options: Any) -> Tensor:
-        lengths = padded.mask.sum(dim=1).tolist()
+    def recording(padded: Padded | Packed, *arguments: Any, **options: Any) -> Tensor:
+        lengths = padded.ends.diff().tolist() if isinstance(padded, Packed) else padded.mask.sum(dim=1).tolist()
         with_graph = name == "student" and torch.is_grad_enabled()
-        calls.append(Encoded(name, with_graph, len(lengths), sum(lengths), len(lengths) * max(lengths)))
+        padded_tokens = sum(lengths) if isinstance(padded, Packed) else len(lengths) * max(lengths)
+        calls.append(Encoded(name, with_graph, len(lengths), sum(lengths), padded_tokens))
         return encode(padded, *arguments, **options)
 
     return recording

@@ -298,6 +298,12 @@ class BatchConfig(Section):
     """Rows of the global batch, over all workers; never per device."""
     chunk_tokens: int = Field(default=4096, ge=1)
     """Padded tokens encoded at once: lower it if a worker runs out of memory."""
+    chunk_start_tokens: int | None = Field(default=None, ge=0)
+    """What starting one more chunk costs, in tokens' worth of encoding: more makes fewer chunks with more padding.
+    null: 32 on a CPU, 4,096 on a GPU."""
+    packing: bool = False
+    """Join a chunk's texts without padding, where the model is BERT-like (in bf16, on a GPU); other models are padded
+    all the same."""
     activation_gb: float = Field(default=1.0, ge=0)
     """Gigabytes a worker may fill with the graphs of chunks that it then need not encode twice."""
     loss_gb: float = Field(default=0.25, gt=0)
@@ -414,6 +420,8 @@ class ClusterConfig(Section):
     deal_by_speed: bool = False
     """Give each worker as much to encode as it was fast in the steps before, where nodes differ. It changes how long a
     step takes, not what it computes."""
+    deterministic: bool = True
+    """On a GPU, only operations that give the same bits every time; one that can't ends the run with its name."""
     max_failures: int = Field(default=3, ge=0)
     """How often in a row the workers are started again without getting further than before."""
     hang_timeout_s: float = Field(default=300.0, ge=5)
@@ -587,7 +595,7 @@ CHANGEABLE: dict[str, Any] = {
     "tracking": True,
     "guide": {"cache_dir"},
     "data": {"cache_dir": True, "root": True, "local_copy": True, "sources": {"__all__": {"license"}}},
-    "batch": {"chunk_tokens", "activation_gb", "loss_gb"},
+    "batch": {"chunk_tokens", "chunk_start_tokens", "packing", "activation_gb", "loss_gb"},
     "optim": {"non_finite", "max_skipped"},
 }
 

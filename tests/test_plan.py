@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from gist_dist.core.plan import CHUNK_OVERHEAD_TOKENS, cut_chunks, deal, plan_batch
+from gist_dist.core.plan import CHUNK_START_TOKENS, cut_chunks, deal, plan_batch
 
 
 def lengths(seed: int, n: int, longest: int = 256) -> np.ndarray:
@@ -17,7 +17,7 @@ def lengths(seed: int, n: int, longest: int = 256) -> np.ndarray:
 
 
 def cost(chunks) -> int:
-    return sum(chunk.padded_tokens + CHUNK_OVERHEAD_TOKENS for chunk in chunks)
+    return sum(chunk.padded_tokens + CHUNK_START_TOKENS["cpu"] for chunk in chunks)
 
 
 def padding(lengths: np.ndarray, padded: int) -> float:
@@ -42,7 +42,7 @@ def cheapest(lengths: np.ndarray, budget: int) -> int:
             bounds = [0, *cuts, n]
             sizes = [(descending[i] * (j - i), j - i) for i, j in pairwise(bounds)]
             if all(padded <= budget or texts == 1 for padded, texts in sizes):
-                best = min(best, sum(padded + CHUNK_OVERHEAD_TOKENS for padded, _ in sizes))
+                best = min(best, sum(padded + CHUNK_START_TOKENS["cpu"] for padded, _ in sizes))
     return int(best)
 
 
@@ -132,7 +132,7 @@ def test_a_plan_has_every_text_of_its_rows_once(tmp_path):
     data = tiny.write_jsonl(tmp_path / "x.jsonl", rows)
     _, corpus = tiny.prepared(tiny.recipe(tmp_path, student, student, data, batch={"global_size": 3}))
     chosen = np.array([2, 0, 1])
-    plan = plan_batch(corpus, chosen, step=7, chunk_tokens=8, with_guide=True)
+    plan = plan_batch(corpus, chosen, step=7, rule=8, with_guide=True)
     texts = [corpus.text(text) for text in plan.texts.tolist()]
     assert sorted(texts) == sorted(["amber basin", "cedar", "delta", "ember", "fjord", "Fjord"])
     assert [texts[i] for i in plan.anchors] == ["fjord", "amber basin", "cedar"]

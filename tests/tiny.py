@@ -114,7 +114,7 @@ def one_step(
     """A real train_step on all rows of the corpus as one global batch: what came out, and how it was done."""
     optimizer = Recorder(student)
     trainee = Trainee(config, corpus, student, guide, optimizer, world)
-    plan = plan_batch(corpus, np.arange(corpus.num_rows), step, config.batch.chunk_tokens, guide is not None)
+    plan = plan_batch(corpus, np.arange(corpus.num_rows), step, trainee.chunk_rule, guide is not None)
     result = train_step(trainee, plan)
     return {
         "loss": result.loss,

@@ -12,8 +12,9 @@ import numpy as np
 
 from gist_dist.data.corpus import Corpus
 
-CHUNK_OVERHEAD_TOKENS = 32
-"""What starting one more chunk costs, in tokens' worth of encoding: weighs short chunks against padding."""
+CHUNK_START_TOKENS = {"cpu": 32, "cuda": 4096}
+"""What starting one more chunk costs, in tokens' worth of encoding, by kind of device: weighs short chunks against
+padding. A GPU waits for the host's hundreds of launches a chunk."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,24 @@ class Chunk:
     """Tokens of its longest text."""
     num_tokens: int
     """Tokens without padding."""
+    is_packed: bool = False
+    """Joined without padding; see models/packing.py."""
 
     @property
     def padded_tokens(self) -> int:
-        return len(self.texts) * self.longest
+        return self.num_tokens if self.is_packed else len(self.texts) * self.longest
+
+
+@dataclass(frozen=True)
+class ChunkRule:
+    """How texts are cut into chunks. It knows nothing of workers."""
+
+    tokens: int
+    """At most so many padded tokens a chunk."""
+    start_tokens: int = CHUNK_START_TOKENS["cpu"]
+    """What starting one more chunk costs."""
+    packs_student: bool = False
+    packs_guide: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,8 +81,14 @@ class BatchPlan:
         return sum(chunk.padded_tokens for chunk in self.student_chunks)
 
 
-def plan_batch(corpus: Corpus, rows: np.ndarray, step: int, chunk_tokens: int, with_guide: bool) -> BatchPlan:
-    """with_guide: whether a guide encodes the batch within the step."""
+def plan_batch(corpus: Corpus, rows: np.ndarray, step: int, rule: ChunkRule | int, with_guide: bool) -> BatchPlan:
+    """rule: or only the most padded tokens of a chunk. with_guide: whether a guide encodes the batch within the
+    step."""
+    rule = ChunkRule(rule) if isinstance(rule, int) else rule
+
+    def cut(lengths: np.ndarray, is_packed: bool) -> tuple[Chunk, ...]:
+        return pack_chunks(lengths, rule.tokens) if is_packed else cut_chunks(lengths, rule.tokens, rule.start_tokens)
+
     anchors, positives, negatives = corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)
     texts, positions = np.unique(np.concatenate([anchors, positives, negatives]), return_inverse=True)
     _, first, input_of = np.unique(corpus.guide_keys[texts, 0], return_index=True, return_inverse=True)
@@ -81,21 +102,36 @@ def plan_batch(corpus: Corpus, rows: np.ndarray, step: int, chunk_tokens: int, w
         positives=positions[g : 2 * g],
         negatives=positions[2 * g :],
         identity=np.unique(corpus.identity[texts], return_inverse=True)[1],
-        student_chunks=cut_chunks(corpus.student_lengths[texts], chunk_tokens),
+        student_chunks=cut(corpus.student_lengths[texts], rule.packs_student),
         guide_inputs=guide_inputs,
         guide_input_of=input_of,
-        guide_chunks=cut_chunks(corpus.guide_lengths[guide_inputs], chunk_tokens) if with_guide else (),
+        guide_chunks=cut(corpus.guide_lengths[guide_inputs], rule.packs_guide) if with_guide else (),
     )
 
 
-def cut_chunks(lengths: np.ndarray, chunk_tokens: int) -> tuple[Chunk, ...]:
-    """Cut the texts, longest first, where padding plus the overhead of a chunk is least.
+def pack_chunks(lengths: np.ndarray, chunk_tokens: int) -> tuple[Chunk, ...]:
+    """Texts in order of length, joined until the next one would be too much; always at least one."""
+    order = np.lexsort((np.arange(len(lengths)), -lengths))
+    ends = np.cumsum(lengths[order].astype(np.int64))
+    chunks, start, before = [], 0, 0
+    while start < len(order):
+        stop = max(start + 1, int(np.searchsorted(ends, before + chunk_tokens, side="right")))
+        tokens = int(ends[stop - 1]) - before
+        chunks.append(Chunk(order[start:stop], int(lengths[order[start]]), tokens, is_packed=True))
+        start, before = stop, before + tokens
+    return tuple(chunks)
+
+
+def cut_chunks(
+    lengths: np.ndarray, chunk_tokens: int, start_tokens: int = CHUNK_START_TOKENS["cpu"]
+) -> tuple[Chunk, ...]:
+    """Cut the texts, longest first, where padding plus the cost of starting chunks is least.
 
     A chunk has at most ``chunk_tokens`` padded tokens, but always at least one text. Boundaries are found by dynamic
     programming over the sorted lengths; greedy filling pads about 10 % instead.
     """
     order = np.lexsort((np.arange(len(lengths)), -lengths))
-    ends = _best_boundaries(lengths[order].astype(np.int64), chunk_tokens)
+    ends = _best_boundaries(lengths[order].astype(np.int64), chunk_tokens, start_tokens)
     starts = [0, *ends[:-1]]
     return tuple(
         Chunk(order[i:j], int(lengths[order[i]]), int(lengths[order[i:j]].sum()))
@@ -103,7 +139,7 @@ def cut_chunks(lengths: np.ndarray, chunk_tokens: int) -> tuple[Chunk, ...]:
     )
 
 
-def _best_boundaries(descending: np.ndarray, chunk_tokens: int) -> list[int]:
+def _best_boundaries(descending: np.ndarray, chunk_tokens: int, start_tokens: int) -> list[int]:
     n = len(descending)
     candidates = _candidate_boundaries(descending, chunk_tokens)
     lengths_at = descending[np.minimum(candidates, n - 1)]
@@ -115,7 +151,7 @@ def _best_boundaries(descending: np.ndarray, chunk_tokens: int) -> list[int]:
         room = max(1, chunk_tokens // longest)
         stop = np.searchsorted(candidates, first + room, side="right")
         reach = slice(start + 1, max(stop, start + 2))
-        through = cost[start] + longest * (candidates[reach] - first) + CHUNK_OVERHEAD_TOKENS
+        through = cost[start] + longest * (candidates[reach] - first) + start_tokens
         better = through < cost[reach]
         cost[reach][better] = through[better]
         came_from[reach][better] = start

@@ -18,9 +18,10 @@ from gist_dist.core.collectives import World, all_gather_rows, all_reduce_sum, a
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.optim import clip_gradients
-from gist_dist.core.plan import BatchPlan, Chunk, deal
+from gist_dist.core.plan import CHUNK_START_TOKENS, BatchPlan, Chunk, ChunkRule, deal
 from gist_dist.data.corpus import Corpus
 from gist_dist.models.encoder import Guide, Padded, Student
+from gist_dist.models.packing import Packed
 
 GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """batch.gather_precision, where embeddings are rounded for it; on one worker too, so that it makes no difference."""
@@ -77,9 +78,19 @@ class Trainee:
         """The model, where it encodes within the step."""
         for encoder in (student, guide):
             if encoder:
-                encoder.get_ready()
+                encoder.get_ready(packing=config.batch.packing)
         self.gradients = GradientSums(student.model)
         self.activations = ActivationBudget(config.batch.activation_gb * 1e9, student.model)
+
+    @property
+    def chunk_rule(self) -> ChunkRule:
+        """Of every batch; by kind of device, so that all workers cut alike."""
+        batch, start_tokens = self.config.batch, self.config.batch.chunk_start_tokens
+        if start_tokens is None:
+            start_tokens = CHUNK_START_TOKENS.get(self.student.device.type, CHUNK_START_TOKENS["cpu"])
+        return ChunkRule(
+            batch.chunk_tokens, start_tokens, self.student.packs, self.guide is not None and self.guide.packs
+        )
 
 
 @dataclass(frozen=True)
@@ -88,8 +99,8 @@ class StepInputs:
 
     hands: list[list[int]]
     guide_hands: list[list[int]]
-    student: dict[int, Padded]
-    guide: dict[int, Padded]
+    student: dict[int, Padded | Packed]
+    guide: dict[int, Padded | Packed]
 
 
 def prepare_inputs(trainee: Trainee, plan: BatchPlan, speeds: Sequence[float] | None = None) -> StepInputs:
@@ -101,8 +112,8 @@ def prepare_inputs(trainee: Trainee, plan: BatchPlan, speeds: Sequence[float] | 
     return StepInputs(
         hands,
         guide_hands,
-        {c: trainee.student.padded(corpus.student_tokens(t)) for c, t in students.items()},
-        {c: guide.padded(corpus.guide_tokens(t)) for c, t in guides.items()} if guide else {},
+        {c: trainee.student.inputs(corpus.student_tokens(t)) for c, t in students.items()},
+        {c: guide.inputs(corpus.guide_tokens(t)) for c, t in guides.items()} if guide else {},
     )
 
 

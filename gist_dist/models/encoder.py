@@ -26,6 +26,7 @@ from gist_dist.common.errors import UserError, in_one_line
 from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.config import GuideConfig, RolePrompts, StudentConfig
 from gist_dist.models.cpu_dropout import FastDropout
+from gist_dist.models.packing import Packed, can_pack, embed_packed, pack, prepare_model
 from gist_dist.models.tokenizer import TextTokenizer, Tokens, backend_tokens
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class Padded:
     """The attention mask."""
 
 
+Inputs = Sequence[np.ndarray] | Padded | Packed
+"""What an encoder is fed: token ids, or what Encoder.inputs() has made of them."""
+
+
 class Encoder:
     """What student and guide have in common: a model, its tokenizer and its limit of tokens."""
 
@@ -82,7 +87,10 @@ class Encoder:
     def device(self) -> torch.device:
         return self.model.device
 
-    def get_ready(self) -> None:
+    packs = False
+    """Whether inputs() joins texts without padding."""
+
+    def get_ready(self, packing: bool = False) -> None:
         """To encode in earnest, not only to tokenize. UserError if this machine can't do it as the recipe says."""
         section = "student" if isinstance(self.config, StudentConfig) else "guide"
         if self.config.attention == "flash_attention_2" and self.device.type != "cuda":
@@ -91,6 +99,11 @@ class Encoder:
             raise UserError(f"{section}.compile needs a C++ compiler and there is none; install g++ or leave it out")
         if self.config.compile:
             self.model.compile(**COMPILE)
+        self.packs = (
+            packing and not self.config.attention and can_pack(self.model, self.config.precision == "bf16", self.device)
+        )
+        if self.packs:
+            prepare_model(self.model)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Token ids of all texts, joined, and the number of tokens of each; exactly what model.encode would see."""
@@ -142,8 +155,21 @@ class Encoder:
         with torch.cuda.device(self.device):  # another thread would take the node's first GPU
             return Padded(padded.ids.pin_memory(), padded.mask.pin_memory())
 
-    def embed(self, texts: Sequence[np.ndarray] | Padded) -> Float[Tensor, "t d"]:
+    def inputs(self, tokens: Sequence[np.ndarray]) -> Padded | Packed:
+        """Ready to be embedded: packed where this model is, else padded."""
+        if not self.packs:
+            return self.padded(tokens)
+        packed = pack(tokens)
+        if self.device.type != "cuda":
+            return packed
+        with torch.cuda.device(self.device):
+            return packed.pinned()
+
+    def embed(self, texts: Inputs) -> Float[Tensor, "t d"]:
         """Unit vectors, fp32 (fp64 for an fp64 model), of texts given as token ids."""
+        if isinstance(texts, Packed):
+            with self._autocast():
+                return _normalized(embed_packed(self.model, texts.to(self.device)))
         padded = texts if isinstance(texts, Padded) else self.padded(texts)
         features = {
             "input_ids": padded.ids.to(self.device, non_blocking=True),
@@ -153,11 +179,15 @@ class Encoder:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
         with self._autocast():
             embedding = self.model(features)["sentence_embedding"]
-        wide = embedding.double() if embedding.dtype == torch.float64 else embedding.float()
-        return F.normalize(wide, dim=-1)
+        return _normalized(embedding)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+
+def _normalized(embedding: Tensor) -> Tensor:
+    wide = embedding.double() if embedding.dtype == torch.float64 else embedding.float()
+    return F.normalize(wide, dim=-1)
 
 
 class Preprocess:
@@ -207,7 +237,7 @@ class Student(Encoder):
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def encode(self, texts: Sequence[np.ndarray] | Padded, dropout_seed: Sequence[int]) -> Float[Tensor, "t d"]:
+    def encode(self, texts: Inputs, dropout_seed: Sequence[int]) -> Float[Tensor, "t d"]:
         """Equal arguments draw equal dropout, so that a second encode repeats the first."""
         torch.manual_seed(int(np.random.SeedSequence(dropout_seed).generate_state(1, np.uint64)[0]))
         with self.dropout:
@@ -245,7 +275,7 @@ class Guide(Encoder):
         if config.precision == "bf16":
             self.model.to(torch.bfloat16)
 
-    def encode(self, texts: Sequence[np.ndarray] | Padded) -> Float[Tensor, "t e"]:
+    def encode(self, texts: Inputs) -> Float[Tensor, "t e"]:
         """Rounded to fp16, which the guide cache keeps, so that cached and online runs score the same numbers."""
         with torch.inference_mode():
             embeddings = self.embed(texts)

@@ -31,9 +31,9 @@ class Guidance:
             self._locate(cache, trainee.corpus.texts_in_use)
 
     def plan(self, step: int) -> BatchPlan:
-        config, corpus = self.config, self.trainee.corpus
+        corpus = self.trainee.corpus
         encodes = self.trainee.guide is not None
-        plan = plan_batch(corpus, self.sampler.rows(step), step, config.batch.chunk_tokens, encodes)
+        plan = plan_batch(corpus, self.sampler.rows(step), step, self.trainee.chunk_rule, encodes)
         if self.cache is None:
             return plan
         return replace(plan, guide_embeddings=self.cache.embeddings(self.positions[plan.guide_inputs]))

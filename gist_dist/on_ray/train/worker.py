@@ -44,7 +44,7 @@ def train_worker(payload: dict[str, Any]) -> str:
     config = parse_config(payload["recipe"])
     world = World.current()
     _log_to_file(config.run_dir, world.rank)
-    device = _prepare_device(payload)
+    device = _prepare_device(payload, config.cluster.deterministic)
     wants = Wants(config.run_dir, world.rank, payload.get("lock"))
     observe = OperatorMetrics(config.name) if world.rank == 0 else None
     try:
@@ -131,10 +131,12 @@ def preemption_notice() -> Any:
     return get_train_context().preemption_context.preemption_info
 
 
-def _prepare_device(payload: dict[str, Any]) -> "torch.device":
+def _prepare_device(payload: dict[str, Any], deterministic: bool) -> "torch.device":
     """This worker's GPU (all of a node's are visible to each of its workers), or the CPU with its share of threads."""
     import torch
     from ray.train.torch import get_device
+
+    from gist_dist.core.device import prepare_cuda
 
     if not payload["use_gpu"]:
         torch.set_num_threads(payload["threads"])
@@ -142,7 +144,7 @@ def _prepare_device(payload: dict[str, Any]) -> "torch.device":
         return torch.device("cpu")
     device = get_device()
     torch.cuda.set_device(device)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    prepare_cuda(deterministic)
     return device
 
 
