@@ -47,6 +47,7 @@ ELSEWHERE = {
     "python examples/sentence_transformers_trainer.py": "test_drop_in.py runs what it shows",
     "gist-dist train quickstart": "the recipe is loaded below; runs for minutes",
     "gist-dist inspect inspect-pack": "the recipe is loaded below; the pack is not everywhere",
+    "gist-dist train clustered-intents": "the recipe is loaded below; the pack is not everywhere",
     "gist-dist cotrain a.yaml b.yaml": "test_cotrain.py; sixteen runs",
     "gist-dist train minilm-two-layers": "the recipe is loaded below; runs for half an hour",
 }
