@@ -22,4 +22,5 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OF
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
 results=${1:-benchmarks/results}
 [ $# -gt 0 ] && shift
-exec timeout 480 $PYTHON benchmarks/gpu.py --results "$results" --work "${TMPDIR:-/tmp}/gist-dist-bench" "$@"
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+exec timeout 450 $PYTHON benchmarks/gpu.py --results "$results" --work "${TMPDIR:-/tmp}/gist-dist-bench" "$@"

@@ -72,8 +72,12 @@ def prepare_model(model: nn.Module) -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+    def mask(*given: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+        """None for packed texts, where a mask would have n² entries."""
+        return None if attention_mask is None else sdpa_mask(*given, attention_mask=attention_mask, **options)
+
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask)
     model[0].model.set_attn_implementation(NAME)
 
 
@@ -112,7 +116,7 @@ def _attention(
     longest: int = 0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    if ends is None:
+    if ends is None:  # padded
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
