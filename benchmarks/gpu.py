@@ -159,6 +159,7 @@ class Run:
         for packing in (False, True):
             name = "packed" if packing else "padded"
             self.use(ours, packing, 4096)
+            model.load_state_dict(state)
             texts = ours.student.inputs(ours.tokens(n)[1])
             with torch.no_grad():
                 first = ours.student.encode(texts, dropout_seed=(1, 2))
@@ -181,11 +182,16 @@ class Run:
             told[f"{name} loss"] = outcomes[0][0]
         padded, packed = told.pop("padded embeddings"), told.pop("packed embeddings")
         told["packed - padded"] = ((padded - packed).norm() / padded.norm()).item()
-        # fp32 on this device against fp64 on the CPU, no dropout
+        model.load_state_dict(state)
         model.eval()
-        some = ours.tokens(8)[1]
         ours.student.packs = False
         ours.student.config = ours.student.config.model_copy(update={"precision": "fp32"})
+        with torch.no_grad():
+            exact = ours.student.embed(ours.tokens(n)[1]).double()
+        for name, embeddings in (("padded", padded), ("packed", packed)):
+            told[f"{name} - fp32"] = ((embeddings - exact).norm() / exact.norm()).item()
+        # fp32 on this device against fp64 on the CPU, no dropout
+        some = ours.tokens(8)[1]
         gradients = []
         for device, dtype in ((self.device, torch.float32), ("cpu", torch.float64)):
             model.to(device=device, dtype=dtype)
@@ -414,11 +420,12 @@ class Run:
         wide = [range(i, min(i + 1024, n)) for i in range(0, n, 1024)]
 
         def plain(slice_size: int, blocks: Any) -> Any:
-            before, loss_module._SLICE = loss_module._SLICE, slice_size
+            before = loss_module.SLICES[self.device]
+            loss_module.SLICES[self.device] = slice_size
             try:
                 return gist_loss(student, guide, batch, blocks, config, kernel=False)
             finally:
-                loss_module._SLICE = before
+                loss_module.SLICES[self.device] = before
 
         def kernel(guide: torch.Tensor, precision: str = "highest") -> Any:
             torch.set_float32_matmul_precision(precision)

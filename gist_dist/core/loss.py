@@ -13,7 +13,6 @@ and positive in aa and pp, out of the candidates; with s⁺ its score, the loss 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +24,9 @@ PARTS = ("ap", "aa", "pp", "an")
 """The blocks of similarities: anchor-positive, anchor-anchor, positive-positive, anchor-negative."""
 
 TIE = 2e-6  # rounding and exact ties never count as closer: scores come from fp32 products of fp16-rounded embeddings
-_SLICE = 1024  # candidates whose guide scores, masks and gradients are worked on at a time: they stay in the cache
+SLICES = {"cpu": 1024, "cuda": 1 << 20}
+"""Candidates whose guide scores, masks and gradients are worked on at a time, by device: a CPU's stay in its cache, a GPU
+is given all at once, since it would wait for the launches."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def row_blocks(batch: BatchIndex, config: LossConfig, budget_bytes: float) -> li
     """
     widths = [len(candidates) for _, candidates in batch.parts(config).values()]
     # Scores; guide scores and masks of one slice.
-    bytes_per_row = 4 * sum(widths) + 7 * min(max(widths), _SLICE)
+    bytes_per_row = 4 * sum(widths) + 7 * min(max(widths), _slice_size(batch))
     in_budget = max(1, int(budget_bytes // bytes_per_row))
     to_share = max(64, -(-batch.num_rows // 128))  # enough blocks that workers get equal numbers of rows
     size = min(in_budget, to_share)
@@ -93,15 +94,13 @@ def gist_loss(
     batch: BatchIndex,
     blocks: Iterable[range],
     config: LossConfig,
-    kernel: bool | None = None,
+    kernel: bool = False,
 ) -> LossShare:
     """Loss and gradient of the rows in ``blocks`` against every candidate of the global batch.
 
     Student embeddings are unit vectors in fp32 (or fp64); the guide's may be fp16, and a guide of None means InfoNCE.
-    kernel: whether loss_kernel.py computes it, which None leaves to the device: it does for fp32 on CUDA.
+    kernel: have loss_kernel.py compute it. Wide matrix products are up to five times as fast on an H200 (docs/log.md).
     """
-    if kernel is None:
-        kernel = student.is_cuda and student.dtype == torch.float32 and find_spec("triton") is not None
     if kernel:
         from gist_dist.core.loss_kernel import fused_share
 
@@ -233,9 +232,13 @@ def _slices(batch: BatchIndex, config: LossConfig) -> list[tuple[str, slice, sli
     slices, column, parts = [], 0, batch.parts(config)
     for part in sorted(parts, key=list(tables).index):
         num_candidates = len(parts[part][1])
-        for start in range(0, num_candidates, _SLICE):
-            stop = min(start + _SLICE, num_candidates)
+        for start in range(0, num_candidates, _slice_size(batch)):
+            stop = min(start + _slice_size(batch), num_candidates)
             table, columns = (slice(first + start, first + stop) for first in (tables[part], column))
             slices.append((part, table, columns))
         column += num_candidates
     return slices
+
+
+def _slice_size(batch: BatchIndex) -> int:
+    return SLICES.get(batch.anchors.device.type, SLICES["cpu"])
