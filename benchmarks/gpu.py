@@ -188,8 +188,8 @@ class Run:
         ours.student.config = ours.student.config.model_copy(update={"precision": "fp32"})
         with torch.no_grad():
             exact = ours.student.embed(ours.tokens(n)[1]).double()
-        for name, embeddings in (("padded", padded), ("packed", packed)):
-            told[f"{name} - fp32"] = ((embeddings - exact).norm() / exact.norm()).item()
+        for name, rounded in (("padded", padded), ("packed", packed)):
+            told[f"{name} - fp32"] = ((rounded - exact).norm() / exact.norm()).item()
         # fp32 on this device against fp64 on the CPU, no dropout
         some = ours.tokens(8)[1]
         gradients = []

@@ -25,8 +25,8 @@ PARTS = ("ap", "aa", "pp", "an")
 
 TIE = 2e-6  # rounding and exact ties never count as closer: scores come from fp32 products of fp16-rounded embeddings
 SLICES = {"cpu": 1024, "cuda": 1 << 20}
-"""Candidates whose guide scores, masks and gradients are worked on at a time, by device: a CPU's stay in its cache, a GPU
-is given all at once, since it would wait for the launches."""
+"""Candidates whose guide scores, masks and gradients are worked on at a time, by device: a CPU's stay in its cache;
+a GPU is given all at once, since it would wait for the launches."""
 
 
 @dataclass(frozen=True)
