@@ -27,6 +27,8 @@ TIE = 2e-6  # rounding and exact ties never count as closer: scores come from fp
 SLICES = {"cpu": 1024, "cuda": 1 << 20}
 """Candidates whose guide scores, masks and gradients are worked on at a time, by device: a CPU's stay in its cache;
 a GPU is given all at once, since it would wait for the launches."""
+LEAST_ROWS = {"cpu": 64, "cuda": 1024}
+"""Of a block, where the budget allows: smaller ones leave a GPU waiting for launches."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def row_blocks(batch: BatchIndex, config: LossConfig, budget_bytes: float) -> li
     # Scores; guide scores and masks of one slice.
     bytes_per_row = 4 * sum(widths) + 7 * min(max(widths), _slice_size(batch))
     in_budget = max(1, int(budget_bytes // bytes_per_row))
-    to_share = max(64, -(-batch.num_rows // 128))  # enough blocks that workers get equal numbers of rows
+    least = LEAST_ROWS.get(batch.anchors.device.type, LEAST_ROWS["cpu"])
+    to_share = max(least, -(-batch.num_rows // 128))  # enough blocks that workers get equal numbers of rows
     size = min(in_budget, to_share)
     return [range(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
 
