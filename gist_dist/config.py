@@ -301,9 +301,9 @@ class BatchConfig(Section):
     chunk_start_tokens: int | None = Field(default=None, ge=0)
     """What starting one more chunk costs, in tokens' worth of encoding: more makes fewer chunks with more padding.
     null: 32 on a CPU, 4,096 on a GPU."""
-    packing: bool = False
+    packing: bool | None = None
     """Join a chunk's texts without padding, where the model is BERT-like (in bf16, on a GPU); other models are padded
-    all the same."""
+    all the same. null: on a GPU."""
     activation_gb: float = Field(default=1.0, ge=0)
     """Gigabytes a worker may fill with the graphs of chunks that it then need not encode twice."""
     loss_gb: float = Field(default=0.25, gt=0)

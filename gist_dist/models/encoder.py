@@ -90,8 +90,12 @@ class Encoder:
     packs = False
     """Whether inputs() joins texts without padding."""
 
-    def get_ready(self, packing: bool = False) -> None:
-        """To encode in earnest, not only to tokenize. UserError if this machine can't do it as the recipe says."""
+    def get_ready(self, packing: bool | None = False) -> None:
+        """To encode in earnest, not only to tokenize. UserError if this machine can't do it as the recipe says.
+
+        packing: join texts without padding where the model can; None: on a GPU.
+        """
+        packing = self.device.type == "cuda" if packing is None else packing
         section = "student" if isinstance(self.config, StudentConfig) else "guide"
         if self.config.attention == "flash_attention_2" and self.device.type != "cuda":
             raise UserError(f"{section}.attention: flash_attention_2 needs a GPU and there is none; leave it out")

@@ -184,7 +184,7 @@ def _told(trainee: Trainee) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": trainee.student.device.type,
         "batch.chunk_tokens": batch.chunk_tokens,
-        **({"batch.packing": True} if batch.packing else {}),
+        **({"batch.packing": True} if trainee.student.packs else {}),
         "batch.loss_gb": batch.loss_gb,
     }
 
