@@ -49,11 +49,13 @@ def pack(tokens: Sequence[np.ndarray]) -> Packed:
     ends = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate(tokens).astype(np.int64)
     positions = np.arange(len(ids)) - np.repeat(ends[:-1], lengths)
-    tensors = (torch.from_numpy(array) for array in (ids[None], positions[None], ends.astype(np.int32)))
-    return Packed(*tensors, longest=int(lengths.max()))
+    ends = ends.astype(np.int32)
+    return Packed(
+        torch.from_numpy(ids[None]), torch.from_numpy(positions[None]), torch.from_numpy(ends), int(lengths.max())
+    )
 
 
-def can_pack(model: nn.Module, is_bf16: bool, device: torch.device) -> bool:
+def can_pack(model: nn.Sequential, is_bf16: bool, device: torch.device) -> bool:
     """Whether this SentenceTransformer computes the same packed. On a GPU FlashAttention needs bf16."""
     transformer, pooling, *others = model
     config = getattr(getattr(transformer, "model", None), "config", None)
@@ -67,22 +69,28 @@ def can_pack(model: nn.Module, is_bf16: bool, device: torch.device) -> bool:
     )
 
 
-def prepare_model(model: nn.Module) -> None:
+def prepare_model(model: nn.Sequential) -> None:
     """Its attention takes packed and padded inputs from now on."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     def mask(*given: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
         """None for packed texts, where a mask would have n² entries."""
-        return None if attention_mask is None else sdpa_mask(*given, attention_mask=attention_mask, **options)
+        if attention_mask is None:
+            return None
+        options["attention_mask"] = attention_mask
+        return sdpa_mask(*given, **options)
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, mask)
-    model[0].model.set_attn_implementation(NAME)
+    transformer: Any = model[0]
+    transformer.model.set_attn_implementation(NAME)
 
 
-def embed_packed(model: nn.Module, packed: Packed) -> Float[Tensor, "t d"]:
+def embed_packed(model: nn.Sequential, packed: Packed) -> Float[Tensor, "t d"]:
     """What the SentenceTransformer's modules make of the texts."""
+    transformer: Any
+    pooling: Any
     transformer, pooling, *others = model
     output = transformer.model(
         input_ids=packed.ids,
@@ -131,5 +139,5 @@ def _attention(
         return output.unsqueeze(0), None
     sizes = ends.diff().tolist()
     texts = zip(*(t.split(sizes, dim=2) for t in (query, key, value)), strict=True)
-    outputs = [F.scaled_dot_product_attention(*text, dropout_p=dropout, scale=scaling) for text in texts]
+    outputs = [F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling) for q, k, v in texts]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
