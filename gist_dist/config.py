@@ -82,7 +82,11 @@ class StudentConfig(Section):
     prompts: RolePrompts = RolePrompts()
     """Prompt per role; a source can override it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the encoder's matrix products (autocast); weights, embeddings and the loss stay fp32."""
+    """Of the encoder's matrix products (autocast); weights, embeddings and the loss are fp32, whatever the checkpoint
+    is stored in."""
+    save_dtype: Literal["fp32", "checkpoint", "bf16", "fp16"] = "fp32"
+    """Of the saved weights. fp32 keeps what training did; checkpoint is what the student came in; the narrow ones halve
+    the file and round: small steps may be rounded away."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """A number overrides every dropout of the model; null keeps the model's own."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None

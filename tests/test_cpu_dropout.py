@@ -48,6 +48,32 @@ def test_attention_is_that_of_the_formula_and_so_are_its_gradients(pieces, mask)
         assert torch.equal(attention(query, key, value), attention(*(x.detach() for x in (query, key, value))))
 
 
+MASKS = {
+    "left padding, causal": lambda real, t: real.flip(-1)[:, None, None, :] & torch.ones(t, t).tril().bool(),
+    "right padding, window": lambda real, t: real[:, None, None, :] & torch.ones(t, t).tril(1).triu(-1).bool(),
+    "nothing at all": lambda real, t: torch.zeros(len(real), 1, t, t, dtype=torch.bool),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_tokens_that_may_see_none_get_what_torch_gives_them(pieces, mask, monkeypatch):
+    """Zeros, and gradients that are finite; with nothing dropped, all of it is torch's own attention."""
+    monkeypatch.setattr(cpu_dropout, "_kept", lambda shape, p: torch.ones(shape, dtype=torch.bool))
+    length, heads = 5, 2
+    real = torch.arange(length) < torch.tensor([5, 5, 4, 2, 1])[:, None]
+    allowed = MASKS[mask](real, length)
+    assert not allowed.any(dim=-1).all()
+    tensors, _ = inputs(False)
+    expected = F.scaled_dot_product_attention(*tensors, attn_mask=allowed)
+    with FastDropout():
+        output = 0.75 * F.scaled_dot_product_attention(*tensors, attn_mask=allowed, dropout_p=0.25)
+    assert output.shape == (len(real), heads, length, 2)
+    torch.testing.assert_close(output, expected)
+    weights = torch.randn_like(output)
+    ours, its = (torch.autograd.grad((o * weights).sum(), tensors) for o in (output, expected))
+    torch.testing.assert_close(ours, its)
+
+
 def test_dropout_is_that_of_the_formula_and_so_is_its_gradient():
     value = torch.randn(12, 10, dtype=torch.float64, requires_grad=True)
 

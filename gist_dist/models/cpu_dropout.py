@@ -107,6 +107,9 @@ class _Attention(torch.autograd.Function):
         t, h, length, _ = query.shape
         output = torch.empty_like(query)
         weights, kept = [], []
+        # As torch has it, a token that may see none gets zeros: padding on the left of a decoder, or beyond a window.
+        is_blind = None if mask is None else ~mask.any(dim=-1, keepdim=True)
+        is_blind = is_blind if is_blind is not None and bool(is_blind.any()) else None
         pieces = range(0, t, max(1, SCORES_AT_ONCE // (h * length * length)))
         for start in pieces:
             texts = slice(start, start + pieces.step)
@@ -114,6 +117,8 @@ class _Attention(torch.autograd.Function):
             if mask is not None:
                 scores.masked_fill_(~mask[texts], -torch.inf)
             torch.softmax(scores, dim=-1, out=scores)
+            if is_blind is not None:
+                scores.masked_fill_(is_blind[texts], 0.0)
             is_kept = _kept(scores.shape, p)
             output[texts] = (scores * is_kept) @ value[texts]
             if any(ctx.needs_input_grad):

@@ -6,12 +6,11 @@ import copy
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gist_dist.common.errors import UserError, in_one_line
-from gist_dist.common.hub import go_offline_if_unreachable
+from gist_dist.common.errors import UserError
 from gist_dist.config import GuideConfig, RolePrompts, StudentConfig
 from gist_dist.models.cpu_dropout import FastDropout
+from gist_dist.models.load import NO_LIMIT, Loaded, load, transformer_of
 from gist_dist.models.packing import Packed, can_pack, embed_packed, pack, prepare_model
+from gist_dist.models.probe import check_encoder, width_of
 from gist_dist.models.tokenizer import TextTokenizer, Tokens, backend_tokens
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class Padded:
     """The attention mask."""
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 Inputs = Sequence[np.ndarray] | Padded | Packed
 """What an encoder is fed: token ids, or what Encoder.inputs() has made of them."""
 
@@ -68,20 +70,25 @@ Inputs = Sequence[np.ndarray] | Padded | Packed
 class Encoder:
     """What student and guide have in common: a model, its tokenizer and its limit of tokens."""
 
-    def __init__(self, config: StudentConfig | GuideConfig, section: str, device: torch.device | str = "cpu") -> None:
-        self.config = config
-        self.model = load_sentence_transformer(config, section, device)
-        self.own_max_tokens = self.model.max_seq_length
-        if config.max_tokens:
-            if self.own_max_tokens and config.max_tokens > (_positions(self.model) or math.inf):
-                raise UserError(
-                    f"{section}.max_tokens = {config.max_tokens}: {config.model} has positions for "
-                    f"{_positions(self.model)} tokens; lower it"
-                )
-            self.model.max_seq_length = config.max_tokens
-        with self._autocast():
-            self.width: int = self.model.encode(["width"], show_progress_bar=False).shape[-1]
+    def __init__(
+        self,
+        config: StudentConfig | GuideConfig,
+        section: str,
+        device: torch.device | str = "cpu",
+        loaded: Loaded | None = None,
+    ) -> None:
+        """loaded: a model that is there already, in place of the recipe's."""
+        self.config, self.precision = config, config.precision
+        self.loaded = loaded or load(config, section, device)
+        self.model = self.loaded.model
+        self.width = width_of(self) if loaded else check_encoder(self, section)
         _refuse_prompt_pooling(self.model, config.prompts, section)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Texts are cut to this many; None: they are never cut."""
+        limit = self.model.max_seq_length
+        return limit if limit and limit < NO_LIMIT else None
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +128,7 @@ class Encoder:
         silent |= {own.pad_token_id, *map(own.convert_tokens_to_ids, WORD_MARKS)}
         return TextTokenizer(
             fingerprint=self.fingerprint(),
-            max_tokens=self.model.max_seq_length,
+            max_tokens=self.max_tokens,
             meaningless=np.array(sorted(silent - {None}), dtype=np.int32),
             tokens_of=partial(backend_tokens, own.backend_tokenizer)
             if self._backend_suffices
@@ -172,8 +179,8 @@ class Encoder:
     def embed(self, texts: Inputs) -> Float[Tensor, "t d"]:
         """Unit vectors, fp32 (fp64 for an fp64 model), of texts given as token ids."""
         if isinstance(texts, Packed):
-            with self._autocast():
-                return _normalized(embed_packed(self.model, texts.to(self.device)))
+            with self.autocast():
+                return self._unit(embed_packed(self.model, texts.to(self.device)))
         padded = texts if isinstance(texts, Padded) else self.padded(texts)
         features = {
             "input_ids": padded.ids.to(self.device, non_blocking=True),
@@ -181,17 +188,17 @@ class Encoder:
         }
         if "token_type_ids" in self.model.tokenizer.model_input_names:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
-        with self._autocast():
+        with self.autocast():
             embedding = self.model(features)["sentence_embedding"]
-        return _normalized(embedding)
+        return self._unit(embedding)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+    def _unit(self, embedding: Tensor) -> Tensor:
+        """Cut to truncate_dim, where the model brings one, and of length 1."""
+        wide = embedding.double() if embedding.dtype == torch.float64 else embedding.float()
+        return F.normalize(wide[:, : self.model.truncate_dim], dim=-1)
 
-
-def _normalized(embedding: Tensor) -> Tensor:
-    wide = embedding.double() if embedding.dtype == torch.float64 else embedding.float()
-    return F.normalize(wide, dim=-1)
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class Preprocess:
@@ -222,10 +229,11 @@ class Student(Encoder):
 
     def __init__(self, config: StudentConfig, device: torch.device | str = "cpu") -> None:
         super().__init__(config, "student", device)
+        transformer = transformer_of(self.model)
+        _refuse_adapters(self.model, config)
         self.model.train()
         if config.dropout is not None:
             override_dropout(self.model, config.dropout)
-        transformer: Any = self.model[0].model
         if config.gradient_checkpointing:
             if not transformer.supports_gradient_checkpointing:
                 raise UserError(f"student.gradient_checkpointing: {config.model} does not offer it; leave it out")
@@ -248,15 +256,47 @@ class Student(Encoder):
             return self.embed(texts)
 
     def save(self, folder: Path) -> None:
-        """A stock SentenceTransformer directory, with the model's own limit of tokens."""
-        training_limit, self.model.max_seq_length = self.model.max_seq_length, self.own_max_tokens
+        """A stock SentenceTransformer directory, with the model's own limit of tokens, in student.save_dtype."""
+        training_limit = self.model.max_seq_length
+        self.model.max_seq_length = self.loaded.own_max_tokens or training_limit
         prompts: dict[str, str | None] = {"query": self.config.prompts.anchor, "document": self.config.prompts.positive}
         if any(prompts.values()):
             self.model.prompts = prompts
         self.model.eval()
-        self.model.save(str(folder), create_model_card=False)
+        with _stored_as(self.model, self.save_dtype):
+            self.model.save(str(folder), create_model_card=False)
         self.model.train()
         self.model.max_seq_length = training_limit
+
+    @property
+    def save_dtype(self) -> torch.dtype:
+        if self.config.save_dtype == "checkpoint":
+            return getattr(torch, self.loaded.stored_dtype or "float32")
+        return DTYPES[self.config.save_dtype]
+
+
+@contextmanager
+def _stored_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it the fp32 weights are of this dtype; then they are what they were."""
+    kept = {p: p.data for p in model.parameters() if p.dtype == torch.float32 and dtype != torch.float32}
+    try:
+        for parameter in kept:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
+
+
+def _refuse_adapters(model: nn.Module, config: StudentConfig) -> None:
+    named = list(model.named_parameters())
+    if any("lora_" in name for name, _ in named):
+        raise UserError(
+            f"student.model: '{config.model}' is loaded with a PEFT adapter, which is not trained here; merge it "
+            "(merge_and_unload()) and name the merged folder"
+        )
+    if not any(parameter.requires_grad for _, parameter in named):
+        raise UserError(f"student.model: '{config.model}' has no trainable weights: none of them takes a gradient")
 
 
 def save_model(student: Student, folder: Path) -> None:
@@ -273,11 +313,12 @@ def save_model(student: Student, folder: Path) -> None:
 class Guide(Encoder):
     """The frozen model that tells false negatives."""
 
-    def __init__(self, config: GuideConfig, device: torch.device | str = "cpu") -> None:
-        super().__init__(config, "guide", device)
+    def __init__(self, config: GuideConfig, device: torch.device | str = "cpu", loaded: Loaded | None = None) -> None:
+        super().__init__(config, "guide", device, loaded)
         self.model.eval().requires_grad_(False)
         if config.precision == "bf16":
-            self.model.to(torch.bfloat16)
+            for parameter in self.model.parameters():  # tables of rotary positions stay fp32
+                parameter.data = parameter.data.bfloat16()
 
     def encode(self, texts: Inputs) -> Float[Tensor, "t e"]:
         """Rounded to fp16, which the guide cache keeps, so that cached and online runs score the same numbers."""
@@ -288,50 +329,7 @@ class Guide(Encoder):
     @classmethod
     def copy_of(cls, student: Student, config: GuideConfig) -> "Guide":
         """The student as it now is, frozen."""
-        guide = cls.__new__(cls)
-        guide.config, guide.width, guide.own_max_tokens = config, student.width, student.own_max_tokens
-        guide.model = copy.deepcopy(student.model).eval().requires_grad_(False)
-        if config.precision == "bf16":
-            guide.model.to(torch.bfloat16)
-        return guide
-
-
-def load_sentence_transformer(
-    config: StudentConfig | GuideConfig, section: str, device: torch.device | str
-) -> "SentenceTransformer":
-    """UserError if there is no such model, or none that is fed token ids."""
-    name = config.model
-    assert name is not None  # only a guide that starts as the student has none
-    offline = not Path(name).expanduser().exists() and go_offline_if_unreachable()
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # a bar for weights that load in a second
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
-        raise UserError(f"{section}.model: no folder '{name}'; give a SentenceTransformer folder or a Hub id")
-    # Flash attention is loaded where it can run: not by the driver, which only tokenizes.
-    is_flash = config.attention == "flash_attention_2"
-    attention = None if is_flash and torch.device(device).type != "cuda" else config.attention
-    try:
-        model = SentenceTransformer(
-            str(Path(name).expanduser()) if looks_local else name,
-            device=str(device),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            model_kwargs={"attn_implementation": attention} if attention else None,
-        )
-    except Exception as error:
-        away = offline and isinstance(error, OSError)
-        reason = "the Hub is out of reach and its cache hasn't it" if away else in_one_line(error)
-        raise UserError(f"{section}.model: '{name}' can't be loaded: {reason}") from error
-    transformer: Any = model[0]
-    if is_flash:
-        transformer.unpad_inputs = False  # chunks come padded
-    kind = type(transformer).__name__
-    if kind != "Transformer":
-        raise UserError(f"{section}.model: '{name}' begins with {kind}; only transformer models are supported")
-    return model
+        return cls(config, student.device, replace(student.loaded, model=copy.deepcopy(student.model)))
 
 
 def override_dropout(model: nn.Module, probability: float) -> None:
@@ -340,7 +338,7 @@ def override_dropout(model: nn.Module, probability: float) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = probability
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if "dropout" in name and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(module, name, probability)
 
 
@@ -353,11 +351,6 @@ def pad(tokens: Sequence[np.ndarray], pad_id: int, side: str = "right") -> Padde
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = np.concatenate(tokens)
     return Padded(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
-
-
-def _positions(model: "SentenceTransformer") -> int | None:
-    config = getattr(model[0], "model", None)
-    return getattr(getattr(config, "config", None), "max_position_embeddings", None)
 
 
 def _refuse_prompt_pooling(model: "SentenceTransformer", prompts: RolePrompts, section: str) -> None:

@@ -24,7 +24,7 @@ def outline(config: RunConfig, student: Encoder, guide: Encoder | None, corpus: 
 
 def _model(encoder: Encoder) -> str:
     millions = sum(parameter.numel() for parameter in encoder.model.parameters()) / 1e6
-    limit = encoder.model.max_seq_length
+    limit = encoder.max_tokens
     tokens = f"at most {limit} tokens" if limit else "no limit of tokens"
     return f"{encoder.config.model}: {millions:,.1f} M parameters, {tokens}, {encoder.config.precision}"
 

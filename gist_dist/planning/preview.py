@@ -419,7 +419,7 @@ def _model_size(encoder: Encoder) -> ModelSize:
     return ModelSize(
         model=encoder.config.model,
         width=encoder.width,
-        max_tokens=encoder.model.max_seq_length,
+        max_tokens=encoder.max_tokens,
         num_parameters=total,
         num_encoding=total - sum(table.numel() for table in tables.values()),
         num_bytes=sum(p.numel() * p.element_size() for p in parameters),

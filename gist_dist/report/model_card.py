@@ -59,6 +59,10 @@ def write_model_card(run_dir: Path) -> None:
     write_atomically(run.folder / "model" / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
 
 
+NO_LIMIT = 2**24
+"""Tokens: tokenizers without a limit tell a larger number, such as 1e30."""
+
+
 class Model(NamedTuple):
     """What the files of a SentenceTransformer folder tell without loading it."""
 
@@ -75,11 +79,12 @@ def _read_model(folder: Path) -> Model:
     pooled = [folder / module["path"] / "config.json" for module in modules if module["type"].endswith("Pooling")]
     pooling = _read(pooled[0], POOLING_SETTINGS) if pooled else {}
     mode = pooling.get("pooling_mode")
+    limit = _read(folder / "tokenizer_config.json", TOKENIZER_SETTINGS).get("model_max_length")
     return Model(
         types,
         "+".join(mode) if isinstance(mode, list) else mode,
         pooling.get("embedding_dimension"),
-        _read(folder / "tokenizer_config.json", TOKENIZER_SETTINGS).get("model_max_length"),
+        int(limit) if limit and limit < NO_LIMIT else None,
     )
 
 
@@ -105,7 +110,7 @@ def _details(run: Run, model: Model) -> str:
         base += f" (licence: {_escape(licence_on_hub(student, 'model') or NOT_STATED)})"
     facts = {
         "Base model": base,
-        "Maximum length": f"{model.max_tokens} tokens" if model.max_tokens else None,
+        "Maximum length": f"{model.max_tokens} tokens" if model.max_tokens else "no limit",
         "Embedding": f"{model.width} numbers" if model.width else None,
         "Similarity": "cosine",
         "Modules": " → ".join(model.modules) + (f" (pooling: {model.pooling})" if model.pooling else ""),

@@ -1,0 +1,200 @@
+"""A model from a folder or the Hub, in fp32 and with its true limit of tokens; or the reason why it can't be used."""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.hub import go_offline_if_unreachable
+from gist_dist.config import GuideConfig, StudentConfig
+from gist_dist.models.folder import other_family, stored_dtype, what_is_wrong, what_to_say
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+NO_LIMIT = 2**24
+"""Tokenizers without a limit tell a number beyond any text, such as 1e30."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can be fed token ids, and what it brought."""
+
+    model: "SentenceTransformer"
+    own_max_tokens: int | None
+    """Its own limit, special tokens included; None: it has none."""
+    stored_dtype: str | None
+    """Of its weights on disk; here they are fp32."""
+
+
+def load(config: StudentConfig | GuideConfig, section: str, device: torch.device | str) -> Loaded:
+    """UserError if there is no such model, or none that is fed token ids."""
+    model = load_sentence_transformer(config, section, device)
+    name, folder = str(config.model), _folder_of(str(config.model), config.revision)
+    _refuse_other_kinds(model, name, section)
+    model.float()  # what is stored narrower loses nothing, and small steps then add up
+    _ensure_padding(model, name, section)
+    _refuse_tokens_beyond_the_table(model, name, section)
+    own = token_limit(model)
+    if own and own != model.max_seq_length:
+        model.max_seq_length = own
+    positions = position_limit(model)
+    if config.max_tokens and config.max_tokens > (positions or math.inf):
+        raise UserError(
+            f"{section}.max_tokens = {config.max_tokens}: {config.model} has positions for {positions} tokens; lower it"
+        )
+    if config.max_tokens:
+        model.max_seq_length = config.max_tokens
+    return Loaded(model, own, stored_dtype(folder) if folder else None)
+
+
+def load_sentence_transformer(
+    config: StudentConfig | GuideConfig, section: str, device: torch.device | str
+) -> "SentenceTransformer":
+    """With weights in fp32, whatever they are stored in. UserError if it can't be loaded."""
+    name = config.model
+    assert name is not None  # only a guide that starts as the student has none
+    path = Path(name).expanduser()
+    offline = not path.exists() and go_offline_if_unreachable()
+    from sentence_transformers import SentenceTransformer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for weights that load in a second
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise UserError(f"{section}.model: no folder '{name}'; give a SentenceTransformer folder or a Hub id")
+    if path.is_dir() and (wrong := what_is_wrong(path)):
+        raise UserError(f"{section}.model: '{name}' can't be loaded: {wrong}")
+    # Flash attention is loaded where it can run: not by the driver, which only tokenizes.
+    is_flash = config.attention == "flash_attention_2"
+    attention = None if is_flash and torch.device(device).type != "cuda" else config.attention
+    try:
+        model = SentenceTransformer(
+            str(path) if looks_local else name,
+            device=str(device),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            model_kwargs={"dtype": torch.float32} | ({"attn_implementation": attention} if attention else {}),
+        )
+    except Exception as error:
+        away = offline and isinstance(error, OSError)
+        found = _folder_of(name, config.revision)
+        reason = (found and what_is_wrong(found)) or in_one_line(error)
+        reason = "the Hub is out of reach and its cache hasn't it" if away else reason
+        raise UserError(f"{section}.model: '{name}' can't be loaded: {reason}") from error
+    if is_flash:
+        first: Any = model[0]
+        first.unpad_inputs = False  # chunks come padded
+    folder = _folder_of(name, config.revision)
+    if folder and (wrong := other_family(folder)):  # of the Hub
+        raise UserError(f"{section}.model: '{name}' can't be used: {wrong}")
+    if folder and (said := what_to_say(folder)):
+        logger.warning("%s.model: '%s': %s", section, name, said)
+    return model
+
+
+def transformer_of(model: "SentenceTransformer") -> Any:
+    """The transformers model inside."""
+    found = model.transformers_model
+    assert found is not None  # others are refused
+    return found
+
+
+def token_limit(model: "SentenceTransformer") -> int | None:
+    """Of the tokenizer and of the positions, whichever is lower; None where neither has one."""
+    said = model.max_seq_length
+    limits = [said if said and said < NO_LIMIT else None, position_limit(model)]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def position_limit(model: "SentenceTransformer") -> int | None:
+    """How many tokens it has positions for: of a table those that can be used (RoBERTa's begin behind the padding's),
+    else what its config tells, as for rotary ones; None for models without, as T5."""
+    transformer = transformer_of(model)
+    for module in transformer.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding):
+            padding = getattr(module, "padding_idx", table.padding_idx)
+            return table.num_embeddings - (padding + 1 if isinstance(padding, int) else 0)
+    config = transformer.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    told = getattr(config, "max_position_embeddings", None)
+    return told if isinstance(told, int) and 0 < told < NO_LIMIT else None
+
+
+def _folder_of(name: str, revision: str | None) -> Path | None:
+    """Where its files lie on this machine."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for repo in (name, f"sentence-transformers/{name}"):
+        try:
+            cached = try_to_load_from_cache(repo, "config.json", revision=revision)
+        except HFValidationError:
+            continue
+        if isinstance(cached, str):
+            return Path(cached).parent
+    return None
+
+
+def _refuse_other_kinds(model: "SentenceTransformer", name: str, section: str) -> None:
+    kind, transformer = type(model[0]).__name__, model.transformers_model
+    if kind == "Router":
+        raise UserError(
+            f"{section}.model: '{name}' begins with a Router, so that queries and documents take different ways; name "
+            "the model of one of them"
+        )
+    if transformer is None or not any(transformer is module for module in model[0].modules()):
+        raise UserError(f"{section}.model: '{name}' begins with {kind}; only transformer models are supported")
+    senses = {sense for m in getattr(model[0], "modalities", ()) for sense in ((m,) if isinstance(m, str) else m)}
+    if others := sorted(senses - {"text", "message"}):
+        raise UserError(
+            f"{section}.model: '{name}' is multimodal ({', '.join(sorted(senses))}); only text models are supported, "
+            f"and what it does with {others[0]} would not be kept"
+        )
+    if not hasattr(model.tokenizer, "pad"):
+        raise UserError(f"{section}.model: '{name}' has no tokenizer of transformers; copy its tokenizer files to it")
+
+
+def _ensure_padding(model: "SentenceTransformer", name: str, section: str) -> None:
+    """Texts of different lengths need a padding token; attention never sees it."""
+    tokenizer = model.tokenizer
+    if tokenizer.pad_token_id is not None:
+        return
+    for kind in ("eos_token", "unk_token", "bos_token"):
+        if token := getattr(tokenizer, kind):
+            tokenizer.pad_token = token
+            logger.warning("%s.model: '%s' has no padding token; its %s %r pads, as saved", section, name, kind, token)
+            return
+    raise UserError(
+        f"{section}.model: the tokenizer of '{name}' has no padding token, and none that could take its place; set "
+        "pad_token in its tokenizer_config.json"
+    )
+
+
+def _refuse_tokens_beyond_the_table(model: "SentenceTransformer", name: str, section: str) -> None:
+    try:
+        table = transformer_of(model).get_input_embeddings()
+    except NotImplementedError:
+        return
+    if not isinstance(table, nn.Embedding):
+        return
+    vocabulary = model.tokenizer.get_vocab()
+    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= table.num_embeddings)
+    if beyond:
+        number, token = beyond[0]
+        raise UserError(
+            f"{section}.model: the tokenizer of '{name}' knows {len(beyond):,} tokens that its model has no embedding "
+            f"for ({token!r} is number {number:,}, the table has {table.num_embeddings:,} rows); call "
+            "resize_token_embeddings(len(tokenizer)) and save it, or use the tokenizer that belongs to it"
+        )
