@@ -64,7 +64,6 @@ def row(result: dict) -> str:
 def measure(size: int, width: int, with_guide: bool) -> dict:
     import torch
 
-    from gist_dist.config import parse_config
     from gist_dist.core.collectives import World
     from gist_dist.core.optim import build_optimizer
     from gist_dist.core.plan import plan_batch
@@ -72,6 +71,7 @@ def measure(size: int, width: int, with_guide: bool) -> dict:
     from gist_dist.data.corpus import prepare
     from gist_dist.data.sampler import Sampler
     from gist_dist.models.encoder import Guide, Student
+    from gist_dist.recipe import parse_config
     from gist_dist.training.metrics import peak_memory_bytes
 
     with tempfile.TemporaryDirectory() as folder:

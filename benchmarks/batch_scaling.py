@@ -156,9 +156,9 @@ def draw_steps(axes: Any, results: list[dict[str, Any]]) -> None:
 
 
 def quality(arguments: argparse.Namespace) -> None:
-    from gist_dist.config import parse_config
     from gist_dist.on_ray.cluster.connect import connected
     from gist_dist.on_ray.driver import train_and_evaluate
+    from gist_dist.recipe import parse_config
 
     if not (arguments.data_folder.is_dir() and arguments.tasks_folder.is_dir()):
         sys.exit(

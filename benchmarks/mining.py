@@ -75,11 +75,11 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     """In one process and without Ray: what a Ray task does, block after block."""
     import torch
 
-    from gist_dist.config import parse_config
     from gist_dist.data.corpus import prepare
     from gist_dist.data.mining import MineOptions, mine_block, plan_corpus_search
     from gist_dist.models.encoder import Guide, Student
     from gist_dist.models.guide_cache import fill, open_guide_cache
+    from gist_dist.recipe import parse_config
     from gist_dist.training.metrics import peak_memory_bytes
 
     cpu = torch.device("cpu")

@@ -112,11 +112,12 @@ def write_rows(folder: Path, num_rows: int, model: Path) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    from gist_dist.config import ClusterConfig, parse_config
+    from gist_dist.config import ClusterConfig
     from gist_dist.data import corpus as module
     from gist_dist.models.encoder import Guide, Student
     from gist_dist.on_ray.cluster.connect import connected
     from gist_dist.on_ray.tasks.prepare import run_in_tasks
+    from gist_dist.recipe import parse_config
 
     config = parse_config(
         {

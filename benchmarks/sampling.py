@@ -17,8 +17,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from gist_dist.config import parse_config
 from gist_dist.data.sampler import Sampler
+from gist_dist.recipe import parse_config
 from gist_dist.runs.folder import describe_environment
 
 HERE = Path(__file__).parent

@@ -69,7 +69,6 @@ def main() -> None:
 
 def measure(rows: int, width: int, repeats: int) -> dict:
     """Seconds by phase, and the rate at which each does what scaling.py counts."""
-    from gist_dist.config import parse_config
     from gist_dist.core.collectives import World
     from gist_dist.core.optim import build_optimizer
     from gist_dist.core.plan import plan_batch
@@ -78,6 +77,7 @@ def measure(rows: int, width: int, repeats: int) -> dict:
     from gist_dist.data.sampler import Sampler
     from gist_dist.models.encoder import Guide, Student
     from gist_dist.planning.model_shape import model_shape
+    from gist_dist.recipe import parse_config
 
     with tempfile.TemporaryDirectory() as folder:
         models = [str(random_encoder(Path(folder) / name, width)) for name in ("student", "guide")]

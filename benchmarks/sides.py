@@ -20,7 +20,6 @@ import torch
 from harness import ROOT
 from torch import Tensor, nn
 
-from gist_dist.config import parse_config
 from gist_dist.core.collectives import World, barrier
 from gist_dist.core.loss import BatchIndex
 from gist_dist.core.optim import build_optimizer, clip_gradients
@@ -29,6 +28,7 @@ from gist_dist.core.step import StepResult, Trainee, train_step
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Padded, Student, override_dropout, pad
 from gist_dist.models.packing import Packed
+from gist_dist.recipe import parse_config
 
 # ---- models --------------------------------------------------------------------------------------
 

@@ -10,11 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from gist_dist import __version__
 from gist_dist.common.errors import UserError
 from gist_dist.common.redact import Redacting, printable
 from gist_dist.common.signals import handled
-from gist_dist.config import EvaluateConfig, RunConfig, load_recipe, packaged_recipes, parse_section
+from gist_dist.common.version import __version__
+from gist_dist.config import EvaluateConfig, RunConfig
+from gist_dist.recipe import load_recipe, packaged_recipes, parse_section
 
 EXAMPLES = """examples:
   gist-dist train quickstart                         a packaged recipe

@@ -1,27 +1,20 @@
-"""The recipe: frozen pydantic sections, read from YAML, overridden by ``section.key=value``.
+"""The sections of a recipe, frozen pydantic models: every field with its unit and default. recipe.py reads them.
 
 Importing this module costs neither torch nor ray, so that a mistyped key answers at once.
 """
 
-import difflib
 import os
-import reprlib
 from collections.abc import Iterator
-from importlib import resources
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gist_dist.common.errors import UserError
-from gist_dist.common.plain_yaml import MAX_CHARACTERS, load_plain
 from gist_dist.common.redact import redact_address
+from gist_dist.common.text import SHORT
 
 ROLES = ("anchor", "positive", "negatives")
-
-SHORT = reprlib.Repr()  # a few kilobytes of YAML aliases can stand for gigabytes
-SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
-
 
 LARGEST = 10**12
 """Of any number in a recipe. What is larger is a slip, and would be counted up to."""
@@ -57,9 +50,6 @@ def _usable_path(path: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_usable_path)]
 """A path that can be asked for, or a URI."""
-
-
-Kind = TypeVar("Kind", bound=Section)
 
 
 class RolePrompts(Section):
@@ -618,134 +608,12 @@ def flat(tree: Any, separator: str = ".", prefix: str = "") -> Iterator[tuple[st
         yield prefix, tree
 
 
-def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a recipe file, or the packaged recipe of that name, and apply ``section.key=value`` overrides.
+READERS = ("load_recipe", "parse_config", "parse_section", "packaged_recipes")
+"""Were here up to 0.1 and are recipe.py's, which needs this module first."""
 
-    Raises UserError for a missing file, broken YAML, an unknown key or a value out of range.
-    """
-    text, origin = _read_recipe(recipe)
-    try:
-        tree = load_plain(text)
-    except ValueError as error:
-        raise UserError(f"{origin}: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{origin}: a recipe is a mapping of sections; found {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, origin)
+if not TYPE_CHECKING:
 
-
-def parse_config(tree: dict[Any, Any], origin: str = "recipe") -> RunConfig:
-    """Validate a tree of plain values; UserError has a line for each wrong field (of the first few)."""
-    return parse_section(RunConfig, tree, origin)
-
-
-def parse_section(section: type[Kind], tree: dict[Any, Any], origin: str) -> Kind:
-    """As parse_config, of one section."""
-    try:
-        return section.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("\n".join(_explain(problem, origin) for problem in error.errors()[:5])) from None
-
-
-def packaged_recipes() -> list[str]:
-    return sorted(
-        f.name[: -len(".yaml")] for f in resources.files("gist_dist.recipes").iterdir() if f.name.endswith(".yaml")
-    )
-
-
-def _read_recipe(recipe: str) -> tuple[str, str]:
-    path = Path(recipe)
-    try:
-        path = path.expanduser() if recipe.startswith("~") else path
-        if path.is_file():
-            with path.open(encoding="utf-8") as file:
-                return file.read(MAX_CHARACTERS + 1), str(recipe)  # load_plain() refuses more
-        if recipe in packaged_recipes():
-            return resources.files("gist_dist.recipes").joinpath(f"{recipe}.yaml").read_text("utf-8"), recipe
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last: ~ of a user that does not exist
-        raise UserError(f"{recipe}: can't be read as UTF-8 text: {error}") from None
-    names = ", ".join(packaged_recipes())
-    raise UserError(f"{recipe}: no such recipe file, and no packaged recipe of that name (there are: {names})")
-
-
-def _apply_override(tree: dict[Any, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {SHORT.repr(override)} is not of the form section.key=value")
-    try:
-        value = load_plain(text)
-    except ValueError:
-        value = text
-    if isinstance(value, str):
-        value = _number(value)
-    node: Any = tree
-    *parents, last = key.split(".")
-    for depth, part in enumerate(parents):
-        node = _child(node, part, ".".join(parents[: depth + 1]), override)
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, part: str, path: str, override: str) -> Any:
-    if isinstance(node, list):
-        child = node[_index(node, part, override)]
-    else:
-        if node.get(part) is None:
-            node[part] = {}
-        child = node[part]
-    if not isinstance(child, dict | list):
-        raise UserError(f"override {SHORT.repr(override)}: {path} is {SHORT.repr(child)}, which has no keys")
-    return child
-
-
-def _index(node: list[Any], part: str, override: str) -> int:
-    if not (part.isascii() and part.isdigit() and len(part) < 10) or int(part) >= len(node):
-        raise UserError(f"override {SHORT.repr(override)}: {SHORT.repr(part)} is no index of a list of {len(node)}")
-    return int(part)
-
-
-def _number(text: str) -> Any:
-    # YAML 1.1 reads 1e-5 as text: it wants a dot in the mantissa.
-    try:
-        return float(text) if any(c.isdigit() for c in text) else text
-    except ValueError:
-        return text
-
-
-def _explain(problem: Any, origin: str) -> str:
-    path = ""
-    for part in problem["loc"]:
-        shown = str(part) if str(part).isidentifier() and len(str(part)) < 100 else SHORT.repr(part)
-        path += f"[{part}]" if isinstance(part, int) else f".{shown}" if path else shown
-    if problem["type"] == "extra_forbidden":
-        keys = _known_keys(problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), keys, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(keys)}"
-        return f"{origin}: unknown key '{path}'; {hint}"
-    if problem["type"] == "missing":
-        return f"{origin}: '{path}' is missing; set it in the recipe or as {path}=VALUE"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{origin}: {path}: {message}" if path else f"{origin}: {message}"
-    return f"{origin}: {path} = {SHORT.repr(problem['input'])}: {message[0].lower()}{message[1:]}"
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
-        model = _section_of(model.model_fields[part].annotation)
-    return list(model.model_fields)
-
-
-def _section_of(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        if (found := _section_of(inner)) is not None:
-            return found
-    return None
+    def __getattr__(name: str) -> Any:
+        if name in READERS:
+            return getattr(import_module("gist_dist.recipe"), name)
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

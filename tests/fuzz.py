@@ -36,7 +36,8 @@ import hostile_data
 import tiny
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import RunConfig, load_recipe
+from gist_dist.config import RunConfig
+from gist_dist.recipe import load_recipe
 
 CASE_SECONDS = 20
 CASE_BYTES = 2**30

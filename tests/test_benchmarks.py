@@ -17,7 +17,7 @@ import workers
 from sides import SHAPES, Ours, Setting, Theirs
 from tiny import run_group
 
-from gist_dist.config import parse_config
+from gist_dist.recipe import parse_config
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,8 @@ from tiny_runs import (
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.storage import join, open_store
-from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
+from gist_dist.recipe import parse_config
 from gist_dist.training.checkpoint import CheckpointStore, CheckpointWriter, Snapshot
 
 EVERY = {"every_steps": 1, "keep": 99}

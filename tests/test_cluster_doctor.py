@@ -14,9 +14,9 @@ import yaml
 from ray_head import Head, end, plain_environment, ray_head
 from tiny import recipe, run_group, save_tiny_model, write_jsonl
 
-from gist_dist.config import parse_config
 from gist_dist.on_ray.doctor.bandwidth import gather_seconds
 from gist_dist.on_ray.doctor.machine import Finding, Verdict, describe_node
+from gist_dist.recipe import parse_config
 
 pytestmark = pytest.mark.ray
 

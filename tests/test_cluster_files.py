@@ -16,8 +16,8 @@ import yaml
 
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
-from gist_dist.config import load_recipe
 from gist_dist.planning.manifests import TEMPLATES, default_values, lay_out, load_values, render
+from gist_dist.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = "gistembed-base"

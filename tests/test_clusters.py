@@ -11,7 +11,6 @@ import torch
 from tiny_runs import assert_same_run, curve
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.data import clusters as module
 from gist_dist.data.clusters import cluster_source, neighbours_together, read_clusters
@@ -23,6 +22,7 @@ from gist_dist.models.encoder import Guide, Student
 from gist_dist.on_ray.driver import prepare
 from gist_dist.on_ray.tasks import clusters as tasks
 from gist_dist.planning.preview import preview
+from gist_dist.recipe import parse_config
 from gist_dist.training.trainer import train
 
 SIZE, TOPICS = 16, 6

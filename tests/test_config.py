@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import SHORT, RunConfig, load_recipe, packaged_recipes, parse_config
+from gist_dist.common.text import SHORT
+from gist_dist.config import RunConfig
+from gist_dist.recipe import load_recipe, packaged_recipes, parse_config
 
 MINIMAL = {"name": "run", "student": {"model": "m"}, "data": {"sources": [{"path": "pairs.jsonl"}]}}
 
@@ -175,3 +177,15 @@ def test_help_and_typos_answer_without_torch_and_ray():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1, done.stderr
     assert done.stderr == "gist-dist: quickstart: unknown key 'batch.globalsize'; did you mean 'global_size'?\n"
+
+
+def test_readers_of_recipes_are_still_found_in_config():
+    """Where 0.1 had them."""
+    import gist_dist
+    from gist_dist import config, recipe
+
+    for name in config.READERS:
+        assert getattr(config, name) is getattr(recipe, name)
+    assert gist_dist.load_recipe is recipe.load_recipe and gist_dist.__version__
+    with pytest.raises(AttributeError, match="no attribute 'load_recipes'"):
+        _ = config.load_recipes

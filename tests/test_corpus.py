@@ -16,7 +16,6 @@ import tiny
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.storage import open_store
-from gist_dist.config import parse_config
 from gist_dist.data import corpus as corpus_module
 from gist_dist.data import merge, shards
 from gist_dist.data.corpus import Corpus, open_corpus, prepare, run_in_process
@@ -24,6 +23,7 @@ from gist_dist.data.shards import Job
 from gist_dist.data.sources import Source
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.tokenizer import TextTokenizer
+from gist_dist.recipe import parse_config
 
 ROWS = [
     {"anchor": "amber basin", "positive": "cedar delta ember", "negatives": ["fjord", "new new new"]},

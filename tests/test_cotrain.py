@@ -11,10 +11,10 @@ from tiny_runs import curve, run, weights
 
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
-from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.on_ray import cotrain as module
 from gist_dist.on_ray.cotrain import cotrain, plan_rounds
+from gist_dist.recipe import parse_config
 from gist_dist.report.rounds import rounds_of, write_rounds
 from gist_dist.report.run import TaskRow, read_run
 from gist_dist.runs.folder import RunFolder

@@ -23,7 +23,7 @@ from ray_head import Head, plain_environment, ray_head
 from tiny import save_tiny_model, words
 
 from gist_dist import cli
-from gist_dist.config import load_recipe, parse_config
+from gist_dist.recipe import load_recipe, parse_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import ClusterConfig, parse_config
+from gist_dist.config import ClusterConfig
 from gist_dist.on_ray.cluster.connect import check_resources, cpus_per_worker
+from gist_dist.recipe import parse_config
 
 
 @pytest.mark.parametrize(("value", "bounds"), [(3, (3, 3)), ([1, 4], (1, 4)), ((2, 2), (2, 2))])

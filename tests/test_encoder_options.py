@@ -11,12 +11,13 @@ from tiny import prepared, recipe, save_tiny_model, words, write_jsonl
 from torch._dynamo.utils import counters
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import GuideConfig, StudentConfig, parse_config
+from gist_dist.config import GuideConfig, StudentConfig
 from gist_dist.core.collectives import World
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.core.step import Trainee
 from gist_dist.models import encoder
 from gist_dist.models.encoder import Guide, Student
+from gist_dist.recipe import parse_config
 
 SIZES = [(9, 30), (5, 24), (7, 17), (12, 9), (3, 9), (20, 5)]
 """Texts and tokens a text of every chunk."""

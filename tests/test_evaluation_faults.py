@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import EvaluateConfig, RunConfig, parse_config
+from gist_dist.config import EvaluateConfig, RunConfig
 from gist_dist.evaluation.evaluate import evaluate_task, read_results
+from gist_dist.recipe import parse_config
 
 SENTENCES = ["old river", "cold valley", "red harbor", "wide lagoon", "new willow", "loud zephyr"]
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from tiny import recipe, save_tiny_model, words, write_jsonl
 
-from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.data.corpus import prepare
 from gist_dist.models.encoder import Guide, Student
+from gist_dist.recipe import parse_config
 from gist_dist.training.metrics import read_metrics
 from gist_dist.training.trainer import train
 

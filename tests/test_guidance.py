@@ -13,12 +13,12 @@ from safetensors.numpy import load_file
 from tiny import one_step, prepared, recipe, run_group, save_tiny_model, wait_for, words, write_jsonl
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.core.plan import plan_batch
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint
+from gist_dist.recipe import parse_config
 from gist_dist.training.metrics import read_metrics
 from gist_dist.training.trainer import train
 

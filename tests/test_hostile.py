@@ -20,9 +20,10 @@ from gist_dist.common import redact
 from gist_dist.common.errors import UserError
 from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.common.plain_yaml import load_plain
-from gist_dist.config import SourceConfig, load_recipe, parse_config
+from gist_dist.config import SourceConfig
 from gist_dist.data.sources import Source
 from gist_dist.models.encoder import Student
+from gist_dist.recipe import load_recipe, parse_config
 from gist_dist.report import read_run, summarize
 
 CASES = {

@@ -20,13 +20,14 @@ import yaml
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import sealed, unsealed
-from gist_dist.config import SourceConfig, parse_config
+from gist_dist.config import SourceConfig
 from gist_dist.data import decode as batches
 from gist_dist.data import formats, merge, places
 from gist_dist.data.corpus import MANIFEST, prepare
 from gist_dist.data.sources import Source
 from gist_dist.evaluation.local_sets import own_task
 from gist_dist.models.encoder import Guide, Student
+from gist_dist.recipe import parse_config
 
 ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]
 

@@ -10,7 +10,6 @@ import torch
 
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
-from gist_dist.config import parse_config
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.plan import plan_batch
 from gist_dist.models.encoder import Guide
@@ -19,6 +18,7 @@ from gist_dist.on_ray.driver import prepare
 from gist_dist.planning import inspect as module
 from gist_dist.planning.advice import advise, judge_guide
 from gist_dist.planning.inspect import inspect
+from gist_dist.recipe import parse_config
 
 ROWS = 48
 

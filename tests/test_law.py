@@ -21,10 +21,10 @@ from tiny import double, one_step, prepared, recipe, run_group, save_tiny_model,
 from torch.nn import functional as F
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.data.corpus import Corpus
 from gist_dist.models.encoder import Guide, Student
+from gist_dist.recipe import parse_config
 from gist_dist.training.metrics import read_metrics
 from gist_dist.training.trainer import train
 

@@ -16,10 +16,11 @@ from tiny import recipe, save_tiny_model, words, write_jsonl
 
 import gist_dist.data.mining
 from gist_dist.common.errors import UserError
-from gist_dist.config import BatchConfig, parse_config
+from gist_dist.config import BatchConfig
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.data.mining import Mined, MineOptions, mine_block, nearest, plan_search, same_texts
 from gist_dist.models.encoder import Guide, Student
+from gist_dist.recipe import parse_config
 
 WIDTH = 24
 SHARED_OPTIONS = {

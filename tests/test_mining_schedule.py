@@ -10,7 +10,6 @@ from tiny import recipe, run_group, save_tiny_model, words, write_jsonl
 from tiny_runs import assert_same_run, checkpoints, curve
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import parse_config
 from gist_dist.core.collectives import World
 from gist_dist.core.plan import plan_batch
 from gist_dist.core.step import Trainee
@@ -20,6 +19,7 @@ from gist_dist.data.sampler import Sampler
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import encode_inputs
 from gist_dist.planning.preview import preview
+from gist_dist.recipe import parse_config
 from gist_dist.training.mining_schedule import MiningSchedule
 from gist_dist.training.trainer import train
 

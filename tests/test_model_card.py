@@ -13,7 +13,8 @@ import yaml
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.hub import go_offline_if_unreachable
-from gist_dist.config import HubConfig, RunConfig, parse_config
+from gist_dist.config import HubConfig, RunConfig
+from gist_dist.recipe import parse_config
 from gist_dist.report.model_card import write_model_card
 from gist_dist.report.publish import check_hub, push_model, pushed_commit
 

@@ -7,8 +7,9 @@ import pytest
 from test_evaluation_faults import write_set
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import EvaluateConfig, parse_config
+from gist_dist.config import EvaluateConfig
 from gist_dist.evaluation.evaluate import evaluate_task, model_identity, read_results
+from gist_dist.recipe import parse_config
 from gist_dist.report.mteb_export import export_run
 from gist_dist.report.publish import HUB_NAME
 

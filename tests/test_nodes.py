@@ -17,9 +17,10 @@ from several_nodes import BIN, Machine, Nodes, machines_apart, machines_side_by_
 from tiny import words
 from tiny_runs import Runs, assert_same_run, run_dir
 
-from gist_dist.config import EvaluateConfig, parse_config
+from gist_dist.config import EvaluateConfig
 from gist_dist.evaluation.evaluate import evaluate_task, read_results
 from gist_dist.on_ray.cluster.network import interface_of
+from gist_dist.recipe import parse_config
 
 pytestmark = pytest.mark.ray
 

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 from tiny_runs import STEPS, Runs, assert_same_run, checkpoints, complaint, curve, run_dir, weights
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import parse_config
 from gist_dist.data.corpus import prepare
 from gist_dist.models.encoder import Guide, Student
+from gist_dist.recipe import parse_config
 
 
 @pytest.fixture(scope="module")

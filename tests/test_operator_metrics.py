@@ -10,9 +10,9 @@ import pytest
 import ray
 from tiny import recipe, save_tiny_model, write_jsonl
 
-from gist_dist.config import parse_config
 from gist_dist.on_ray.driver import Stopped, train_and_evaluate
 from gist_dist.on_ray.train.prometheus import SERIES, OperatorMetrics
+from gist_dist.recipe import parse_config
 from gist_dist.training.metrics import read_metrics
 
 LINE = {

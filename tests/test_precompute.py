@@ -16,7 +16,7 @@ from test_guide_cache import Inputs, assert_whole
 from tiny import recipe, save_tiny_model, words, write_jsonl
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import Columns, DataConfig, RunConfig, SourceConfig, parse_config
+from gist_dist.config import Columns, DataConfig, RunConfig, SourceConfig
 from gist_dist.data.corpus import prepare
 from gist_dist.models import guide_cache
 from gist_dist.models.encoder import Guide, Student
@@ -24,6 +24,7 @@ from gist_dist.models.guide_cache import open_guide_cache
 from gist_dist.on_ray.tasks import precompute as module
 from gist_dist.on_ray.tasks.precompute import precompute, precompute_inputs
 from gist_dist.on_ray.tasks.triplets import resolve_classification
+from gist_dist.recipe import parse_config
 
 pytestmark = pytest.mark.ray
 

@@ -11,12 +11,13 @@ import pytest
 import tiny
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import ClusterConfig, parse_config
+from gist_dist.config import ClusterConfig
 from gist_dist.data import corpus as corpus_module
 from gist_dist.data.corpus import prepare
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.on_ray.tasks import prepare as module
 from gist_dist.on_ray.tasks.prepare import prepare_on_ray, run_in_tasks
+from gist_dist.recipe import parse_config
 
 NUM_FILES, ROWS = 5, 40
 

@@ -9,7 +9,7 @@ import tiny
 import yaml
 
 from gist_dist.cli import main
-from gist_dist.config import RunConfig, parse_config
+from gist_dist.config import RunConfig
 from gist_dist.data.sampler import Sampler
 from gist_dist.data.statistics import repeated_texts
 from gist_dist.models.encoder import Guide
@@ -17,6 +17,7 @@ from gist_dist.models.guide_cache import fill, open_guide_cache
 from gist_dist.on_ray.driver import prepare
 from gist_dist.planning import preview as module
 from gist_dist.planning.preview import Preview, preview
+from gist_dist.recipe import parse_config
 from gist_dist.report import build_report
 from gist_dist.runs.folder import RunFolder
 

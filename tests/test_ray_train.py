@@ -17,9 +17,10 @@ from sentence_transformers import SentenceTransformer
 
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
-from gist_dist.config import ClusterConfig, RunConfig, parse_config
+from gist_dist.config import ClusterConfig, RunConfig
 from gist_dist.on_ray.cluster.connect import check_resources
 from gist_dist.on_ray.driver import train_and_evaluate
+from gist_dist.recipe import parse_config
 from gist_dist.training.metrics import read_metrics
 
 pytestmark = pytest.mark.ray

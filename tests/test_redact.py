@@ -12,7 +12,8 @@ import yaml
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.common.redact import MASK, Redacting, printable, redact, redact_text
-from gist_dist.config import SourceConfig, load_recipe, parse_config
+from gist_dist.config import SourceConfig
+from gist_dist.recipe import load_recipe, parse_config
 from gist_dist.runs.folder import RunFolder
 
 ROWS = [{"anchor": f"amber {word}", "positive": f"basin {word}", "task": "a"} for word in tiny.WORDS[:8]]

@@ -418,7 +418,7 @@ def test_lost_checkpoints_are_found_in_what_the_log_says_of_them(tmp_path, caplo
     import torch
     from tiny import recipe
 
-    from gist_dist.config import parse_config
+    from gist_dist.recipe import parse_config
     from gist_dist.training.checkpoint import CheckpointStore, CheckpointWriter, Snapshot
 
     run = make_run(tmp_path / "run", steps=3)

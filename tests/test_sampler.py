@@ -15,10 +15,11 @@ import pytest
 import tiny
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import RunConfig, parse_config
+from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import SMALLEST_BATCH, Sampler, share_epoch
 from gist_dist.data.statistics import repeated_texts, source_accounts
+from gist_dist.recipe import parse_config
 
 
 class Rows(Corpus):

@@ -13,12 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
-from gist_dist.config import LossConfig, parse_config
+from gist_dist.config import LossConfig
 from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
 from gist_dist.core.plan import cut_chunks, deal, plan_batch
 from gist_dist.models.encoder import Student
 from gist_dist.planning.cost_model import GPUS, Workload, busiest_rows, check_gpus, estimate, estimate_lines, workload
 from gist_dist.planning.model_shape import ModelShape, model_shape
+from gist_dist.recipe import parse_config
 
 BASE = ModelShape("base", 109_000_000, 85_600_000, 768, 768, 12)
 LARGE = ModelShape("large", 335_000_000, 303_000_000, 1024, 1024, 24)

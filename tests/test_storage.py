@@ -13,8 +13,8 @@ import tiny
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.storage import copies_folder, join, local_copy, open_store, sha256
-from gist_dist.config import parse_config
 from gist_dist.data.corpus import open_corpus
+from gist_dist.recipe import parse_config
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,13 @@ from tiny import recipe, save_tiny_model, words, write_jsonl
 
 from gist_dist import cli
 from gist_dist.common.errors import UserError
-from gist_dist.config import ClusterConfig, load_recipe, parse_config
+from gist_dist.config import ClusterConfig
 from gist_dist.on_ray.cluster.capacity import check_room
 from gist_dist.on_ray.doctor.machine import required_packages
 from gist_dist.on_ray.jobs import client as jobs
 from gist_dist.on_ray.jobs import package, submit
 from gist_dist.on_ray.jobs.client import Log, connect, exit_status, follow, free_id, jobs_of
+from gist_dist.recipe import load_recipe, parse_config
 from gist_dist.training.metrics import read_metrics
 
 pytestmark = pytest.mark.ray

@@ -9,7 +9,7 @@ import pytest
 from tiny_runs import STEPS, Runs, curve, run_dir
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import parse_config
+from gist_dist.recipe import parse_config
 from gist_dist.training.trackers import Trackers, check_trackers, flat, track_scores
 
 

@@ -22,12 +22,13 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.signals import StopRequests
-from gist_dist.config import BatchConfig, RunConfig, parse_config
+from gist_dist.config import BatchConfig, RunConfig
 from gist_dist.on_ray.train import worker
 from gist_dist.on_ray.train.controller import RetryPolicy
 from gist_dist.on_ray.train.failures import OutOfMemory, classify, memory_sentence, out_of_memory, phase_of, steps_done
 from gist_dist.on_ray.train.messages import RESIZE, STOP, post, withdraw
 from gist_dist.on_ray.train.worker import Wants
+from gist_dist.recipe import parse_config
 
 BATCH = BatchConfig(chunk_tokens=512, activation_gb=3, loss_gb=0.5)
 

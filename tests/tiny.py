@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gist_dist.config import GuideConfig, RunConfig, StudentConfig, parse_config
+from gist_dist.config import GuideConfig, RunConfig, StudentConfig
 from gist_dist.core.collectives import World
 from gist_dist.core.plan import deal, plan_batch
 from gist_dist.core.step import Trainee, train_step
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Student
+from gist_dist.recipe import parse_config
 
 WORDS = (
     "amber basin cedar delta ember fjord grove harbor island jungle kelp lagoon meadow nectar orchid pebble "

@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 from tiny import recipe, run_group, save_tiny_model, words, write_jsonl
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import RunConfig, parse_config
+from gist_dist.config import RunConfig
 from gist_dist.core.collectives import World
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Student
+from gist_dist.recipe import parse_config
 from gist_dist.training.trainer import train
 
 STEPS = 6

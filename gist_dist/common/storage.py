@@ -22,7 +22,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
+from gist_dist.common.text import one_line
 
 LOCAL = pa.fs.LocalFileSystem()
 ATOMIC_TYPES = ("s3", "gcs", "abfs")
@@ -59,13 +60,13 @@ def open_store(place: str | Path) -> "Store":
     except (pa.ArrowException, OSError, ImportError) as error:
         unknown = isinstance(error, pa.ArrowInvalid) and "nrecognized filesystem type" in str(error)
         if not unknown:
-            raise UserError(f"{place} can't be opened: {in_one_line(error)}") from error
+            raise UserError(f"{place} can't be opened: {one_line(error)}") from error
     try:
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(place)
     except Exception as error:  # of whichever package implements the protocol
-        raise UserError(f"{place} can't be opened: {in_one_line(error)}") from error
+        raise UserError(f"{place} can't be opened: {one_line(error)}") from error
     return Store(place, pa.fs.PyFileSystem(pa.fs.FSSpecHandler(filesystem)), path)
 
 
@@ -209,9 +210,7 @@ def local_copy(store: Store, files: Mapping[str, str], folder: Path) -> Path:
             marks |= {name: [files[name], (folder / name).stat().st_mtime_ns] for name in files}
             open_store(folder).write_bytes(".checked.json", json.dumps(marks).encode())
     except OSError as error:
-        raise UserError(
-            f"{store.place} can't be copied to {folder}: {in_one_line(error)}; see data.local_copy"
-        ) from error
+        raise UserError(f"{store.place} can't be copied to {folder}: {one_line(error)}; see data.local_copy") from error
     return folder
 
 
@@ -233,9 +232,7 @@ def _own_temporary_folder() -> Path:
         if found.st_mode & 0o077:
             folder.chmod(0o700)
     except OSError as error:
-        raise UserError(
-            f"{folder} can't be made: {in_one_line(error)}; set data.local_copy to another folder"
-        ) from error
+        raise UserError(f"{folder} can't be made: {one_line(error)}; set data.local_copy to another folder") from error
     return folder
 
 

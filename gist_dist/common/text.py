@@ -1,9 +1,14 @@
-"""Numbers as people read them: on the page, in warnings, in the log and on the terminal."""
+"""Numbers and texts as people read them: on the page, in warnings, in the log and on the terminal."""
 
+import reprlib
 from typing import Any
 
 PROGRESS_SECONDS = 5
 """Between two lines of the log that say how far something is."""
+
+SHORT = reprlib.Repr()  # a few kilobytes of YAML aliases can stand for gigabytes
+"""Of values from strangers: their repr() within a line."""
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
 
 
 def signed(change: int | float) -> str:
@@ -24,9 +29,10 @@ def listed(items: list[Any], limit: int = 5) -> str:
     return named if len(items) <= limit else f"{named} and {len(items) - limit:,} more"
 
 
-def shorten(text: str, limit: int = 400) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else f"{text[:limit]}…"
+def one_line(error: object, limit: int = 300) -> str:
+    """What an error or a text says, as part of a sentence; an error without a message says its type."""
+    text = " ".join(str(error).split()) or (type(error).__name__ if isinstance(error, BaseException) else "")
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def duration(seconds: int | float) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gist_dist.config import SHORT
+from gist_dist.common.text import SHORT
 
 MAX_LEVELS = 40
 LARGEST = 1e100

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
 from gist_dist.common.hub import go_offline_if_unreachable
+from gist_dist.common.text import one_line
 from gist_dist.config import SourceConfig
 from gist_dist.data.decode import BATCH_ROWS, batches_of, rows_at_a_time, slices
 
@@ -353,7 +354,7 @@ def reading(what: str, filesystem: pa.fs.FileSystem | None = None) -> Iterator[N
     except errors as error:
         if "invalid utf8" in str(error).lower():
             raise UserError(f"{what} is not UTF-8 text; convert it") from error
-        raise UserError(f"{what} can't be read: {in_one_line(error)}") from error
+        raise UserError(f"{what} can't be read: {one_line(error)}") from error
 
 
 def _load_hub(config: SourceConfig, where: str) -> Any:
@@ -371,7 +372,7 @@ def _load_hub(config: SourceConfig, where: str) -> Any:
         raise
     except Exception as error:
         is_away = offline and not isinstance(error, ValueError)  # those speak of the cached copy
-        why = "the Hub is out of reach and its cache hasn't it" if is_away else in_one_line(error)
+        why = "the Hub is out of reach and its cache hasn't it" if is_away else one_line(error)
         raise UserError(
             f"{where}: '{config.path}' is no file here, and can't be had as a Hub dataset: {why}"
         ) from error

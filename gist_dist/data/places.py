@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
+from gist_dist.common.text import one_line
 from gist_dist.config import SourceConfig
 from gist_dist.data.formats import FORMATS, SourceFile, suffix
 
@@ -106,14 +107,14 @@ def _open_filesystem(scheme: str, uri: str, options: str, where: str) -> tuple[p
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{where}: {uri} can't be opened: {in_one_line(error)}") from None
+        raise UserError(f"{where}: {uri} can't be opened: {one_line(error)}") from None
     except Exception as error:  # whatever the libraries below fsspec raise
         raise _unreachable(uri, error, where) from error
 
 
 def _unreachable(path: str, error: Exception, where: str) -> UserError:
     advice = "check the address, the network and your credentials" if "://" in path else "check its permissions"
-    return UserError(f"{where}: {path} can't be reached: {in_one_line(error)}; {advice}")
+    return UserError(f"{where}: {path} can't be reached: {one_line(error)}; {advice}")
 
 
 def _file_info(filesystem: pa.fs.FileSystem, what: Any, config: SourceConfig, where: str) -> Any:

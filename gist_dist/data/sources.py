@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.redact import redact_address
-from gist_dist.config import SHORT, DataConfig, Filters, SourceConfig
+from gist_dist.common.text import SHORT
+from gist_dist.config import DataConfig, Filters, SourceConfig
 from gist_dist.data.formats import HubRows, SourceFile
 from gist_dist.data.places import find_files
 

@@ -17,9 +17,9 @@ from pydantic import Field, TypeAdapter
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
+from gist_dist.common.text import one_line
 from gist_dist.common.untrusted import Shape, load_plain_json, problem
 from gist_dist.config import EvaluateConfig
-from gist_dist.evaluation.local_sets import one_line
 from gist_dist.evaluation.tasks import content_hash, data_revision, import_mteb, load_task, local_folder
 
 if TYPE_CHECKING:

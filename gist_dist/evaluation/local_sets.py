@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import SHORT
+from gist_dist.common.text import SHORT, one_line
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -318,9 +318,3 @@ def listed(names: Any) -> str:
     """For a sentence: at most eight, quoted and sorted."""
     names = sorted(repr(str(name)) for name in names)
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
-
-
-def one_line(error: object) -> str:
-    """What an error says, for a sentence: without line breaks, at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.storage import copies_folder
+from gist_dist.common.text import one_line
 from gist_dist.config import EvaluateConfig
-from gist_dist.evaluation.local_sets import check_column, listed, one_line, own_task
+from gist_dist.evaluation.local_sets import check_column, listed, own_task
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask

@@ -28,11 +28,11 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float16, Int64, UInt64
 
-from gist_dist import __version__
 from gist_dist.common.errors import UserError
 from gist_dist.common.storage import Store, copies_folder, join, open_store, sha256
 from gist_dist.common.storage import local_copy as copy_to_node
 from gist_dist.common.text import PROGRESS_SECONDS
+from gist_dist.common.version import __version__
 from gist_dist.config import RunConfig
 from gist_dist.core.plan import cut_chunks
 from gist_dist.models.encoder import Encoder, Guide

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
 from gist_dist.common.hub import go_offline_if_unreachable
+from gist_dist.common.text import one_line
 from gist_dist.config import GuideConfig, StudentConfig
 from gist_dist.models.folder import other_family, stored_dtype, what_is_wrong, what_to_say
 
@@ -86,7 +87,7 @@ def load_sentence_transformer(
     except Exception as error:
         away = offline and isinstance(error, OSError)
         found = _folder_of(name, config.revision)
-        reason = (found and what_is_wrong(found)) or in_one_line(error)
+        reason = (found and what_is_wrong(found)) or one_line(error)
         reason = "the Hub is out of reach and its cache hasn't it" if away else reason
         raise UserError(f"{section}.model: '{name}' can't be loaded: {reason}") from error
     if is_flash:

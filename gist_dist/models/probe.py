@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
+from gist_dist.common.text import one_line
 
 if TYPE_CHECKING:
     from gist_dist.models.encoder import Encoder
@@ -41,7 +42,7 @@ def check_encoder(encoder: "Encoder", section: str) -> int:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name} can't embed two texts: {in_one_line(error)}") from error
+        raise UserError(f"{name} can't embed two texts: {one_line(error)}") from error
     finally:
         encoder.model.train(was_training)
         encoder.precision = precision

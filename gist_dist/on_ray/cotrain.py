@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import GuideConfig, RunConfig, SourcePrompts, parse_config
+from gist_dist.config import GuideConfig, RunConfig, SourcePrompts
 from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.driver import prepare, train_and_evaluate
+from gist_dist.recipe import parse_config
 from gist_dist.report.rounds import Rounds, write_rounds
 from gist_dist.runs.folder import RunFolder
 

@@ -22,7 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.text import PROGRESS_SECONDS, percent, shorten, text_table
+from gist_dist.common.text import PROGRESS_SECONDS, one_line, percent, text_table
 from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.core.candidate_table import CandidateTable
 from gist_dist.core.loss import BatchIndex, false_negatives
@@ -300,7 +300,7 @@ class _Batch:
         }
         return {
             "block": self.table.block_of[column],
-            **{role: shorten(corpus.text(int(self.texts[int(text)])), 200) for role, text in texts.items()},
+            **{role: one_line(corpus.text(int(self.texts[int(text)])), 200) for role, text in texts.items()},
             **{name: round(float(cosine), 4) for name, cosine in cosines.items()},
         }
 

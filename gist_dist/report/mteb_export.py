@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.text import one_line
 from gist_dist.config import RunConfig
 from gist_dist.evaluation.evaluate import result_files
-from gist_dist.evaluation.local_sets import one_line
 from gist_dist.evaluation.tasks import import_mteb
 from gist_dist.report.publish import pushed_commit
 

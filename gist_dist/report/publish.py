@@ -5,9 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.common.redact import redact_text
+from gist_dist.common.text import one_line
 from gist_dist.config import HubConfig, RunConfig
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def push_model(config: RunConfig, run_dir: Path) -> str | None:
     try:
         commit = _push(hub, model)
     except Exception as error:  # of the network, the Hub, its client or the recipe: the run has its result either way
-        reason = redact_text(in_one_line(error) or type(error).__name__)
+        reason = redact_text(one_line(error))
         by_hand = f"hf upload {hub.repo_id} {model} ." + " --private" * hub.private
         logger.warning("the model was not pushed to %s (%s); to push it by hand: %s", hub.repo_id, reason, by_hand)
         return None

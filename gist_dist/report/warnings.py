@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from gist_dist.common.text import listed, percent, plural, shorten
+from gist_dist.common.text import listed, one_line, percent, plural
 from gist_dist.report.run import Run
 
 
@@ -49,12 +49,12 @@ def _warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> It
             yield "rows_dropped", f"{share} of the rows of {source.get('name')} were dropped as unusable."
     for label, errors in run.failures.items():
         for task, error in errors.items():
-            yield "task_failed", f"MTEB task {task} failed ({label}): {shorten(str(error))}"
+            yield "task_failed", f"MTEB task {task} failed ({label}): {one_line(str(error))}"
     for section in ("student", "guide"):
         if run.section(section).get("trust_remote_code"):
             yield "remote_code", f"{section}.trust_remote_code was on: code that came with the model was run."
     for complaint in run.logged:
-        yield "checkpoint", f"From the log: {shorten(complaint)}"
+        yield "checkpoint", f"From the log: {one_line(complaint)}"
     if run.unreadable_lines:
         damaged = plural(run.unreadable_lines, "line")
         yield "metrics_damaged", f"{damaged} of metrics.jsonl can't be read; what is shown is without them."

@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from gist_dist import __version__
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.common.redact import redact
+from gist_dist.common.version import __version__
 from gist_dist.config import RunConfig, computed_values
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler

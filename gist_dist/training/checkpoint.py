@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
 from gist_dist.common.storage import SCRATCH_PREFIX, join, open_store, sha256
+from gist_dist.common.text import one_line
 from gist_dist.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class CheckpointStore:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise Damaged(f"{error.filename or error} is missing") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-            raise Damaged(in_one_line(f"{type(error).__name__}: {error}", 200)) from error
+            raise Damaged(one_line(f"{type(error).__name__}: {error}", 200)) from error
         if not isinstance(facts, dict) or facts.get("step") != step:
             raise Damaged(f"{FACTS} doesn't tell of step {step}")
         return Snapshot(step, tensors, facts)
@@ -206,7 +207,7 @@ class CheckpointWriter:
             )
         except OSError as error:
             self.problem = (
-                f"the checkpoint of step {step} can't be written to {place}: {in_one_line(error)}; free space, lower "
+                f"the checkpoint of step {step} can't be written to {place}: {one_line(error)}; free space, lower "
                 "checkpoint.keep or set checkpoint.dir to another place"
             )
             logger.warning("%s; training goes on, and the next checkpoint tries again", self.problem)
@@ -215,7 +216,7 @@ class CheckpointWriter:
         try:
             self.checkpoints.collect(step)
         except OSError as error:
-            logger.warning("old checkpoints in %s can't be removed: %s", place, in_one_line(error))
+            logger.warning("old checkpoints in %s can't be removed: %s", place, one_line(error))
 
 
 def read_newest(checkpoints: CheckpointStore, retry_seconds: float) -> Snapshot | None:
@@ -229,7 +230,7 @@ def read_newest(checkpoints: CheckpointStore, retry_seconds: float) -> Snapshot 
         return with_retries(read, f"checkpoints in {checkpoints.place} can't be read", retry_seconds, Event())
     except OSError as error:
         raise UserError(
-            f"the checkpoints in {checkpoints.place} can't be read: {in_one_line(error)}; mend the storage, or remove "
+            f"the checkpoints in {checkpoints.place} can't be read: {one_line(error)}; mend the storage, or remove "
             "the one that can't be read, and the same command goes on"
         ) from error
 
@@ -244,7 +245,7 @@ def with_retries(attempt: Callable[[], T], failure: str, retry_seconds: float, n
             left = deadline - time.monotonic()
             if left <= 0 or isinstance(error, PermissionError) or no_more_tries.is_set():
                 raise
-            logger.info("%s yet (%s); trying again for %.0f s", failure, in_one_line(error), left)
+            logger.info("%s yet (%s); trying again for %.0f s", failure, one_line(error), left)
             no_more_tries.wait(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 

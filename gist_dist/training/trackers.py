@@ -15,9 +15,10 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, Protocol
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.common.redact import redact, redact_text
+from gist_dist.common.text import one_line
 from gist_dist.config import RunConfig, flat
 
 logger = logging.getLogger(__name__)
@@ -195,4 +196,4 @@ def _id_of(run_dir: Path, name: str, create: Callable[[], str]) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    return in_one_line(redact_text(str(error))) or type(error).__name__
+    return one_line(redact_text(str(error))) or type(error).__name__

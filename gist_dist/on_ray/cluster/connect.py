@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
 from gist_dist.common.signals import handled
+from gist_dist.common.text import one_line
 from gist_dist.config import ClusterConfig
 from gist_dist.on_ray.cluster import local_ray
 
@@ -75,7 +76,7 @@ def _remote(address: str, config: ClusterConfig) -> Iterator[dict[str, float]]:
                 address=address, runtime_env=_runtime_env(config), log_to_driver=False, logging_level=logging.WARNING
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = in_one_line(error, 200)
+        reason = one_line(error, 200)
         raise UserError(f"cluster.address = {address}: no Ray cluster answers there: {reason}") from error
     try:
         yield ray.cluster_resources()

@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
+from gist_dist.common.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def start(folder: Path, runtime_env: dict[str, Any]) -> None:
         except Exception as error:
             _end_processes(error)
             ray.shutdown()
-            reason = in_one_line(error) or type(error).__name__
+            reason = one_line(error)
             if is_last or isinstance(
                 error, ValueError | TypeError
             ):  # those are of a runtime_env, or of too little room

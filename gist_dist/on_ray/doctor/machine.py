@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gist_dist import __version__
-from gist_dist.common.errors import in_one_line
 from gist_dist.common.hub import go_offline_if_unreachable
+from gist_dist.common.text import one_line
+from gist_dist.common.version import __version__
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet
@@ -86,7 +86,7 @@ def examine_machine(look_at_ray: Callable[[], list[Finding]]) -> Verdict:
         try:
             findings += look()
         except Exception as error:
-            reason = in_one_line(error) or type(error).__name__
+            reason = one_line(error)
             findings.append(Finding(name, "fail", f"{type(error).__name__}: {reason}", "mend this, then look again"))
     return Verdict(findings)
 

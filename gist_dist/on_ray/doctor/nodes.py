@@ -11,10 +11,12 @@ from typing import Any, Literal
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
 from gist_dist.common.storage import join, open_store
-from gist_dist.config import RunConfig, parse_config
+from gist_dist.common.text import one_line
+from gist_dist.config import RunConfig
 from gist_dist.on_ray.doctor.machine import MIN_FREE_GB, MIN_MEMORY_GB, MIN_SHM_GB, Finding, describe_node
+from gist_dist.recipe import parse_config
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Node:
         try:
             LOADS[what](config)
         except Exception as error:  # whatever libraries raise about models and data
-            return in_one_line(error) or type(error).__name__
+            return one_line(error)
         return None
 
 
@@ -91,7 +93,7 @@ def _load_tasks(config: RunConfig) -> None:
             try:
                 load_task(task, config.evaluate.local_tasks).load_data()
             except Exception as error:
-                raise UserError(f"{task}, without the Hub: {in_one_line(error, 200)}") from error
+                raise UserError(f"{task}, without the Hub: {one_line(error, 200)}") from error
 
 
 LOADS: dict[str, Callable[[RunConfig], None]] = {

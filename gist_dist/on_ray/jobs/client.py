@@ -17,7 +17,8 @@ from aiohttp import ClientError
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
+from gist_dist.common.text import one_line
 from gist_dist.on_ray.jobs import probe
 
 logger = logging.getLogger(__name__)
@@ -100,9 +101,9 @@ def _explained(address: str) -> Iterator[None]:
             "from here (ssh -L 8265:localhost:8265 HEAD, or kubectl port-forward)"
         ) from error
     except requests.exceptions.RequestException as error:  # HTML in place of JSON, a proxy's error
-        raise UserError(f"{address} answers, but not as a Ray dashboard does: {in_one_line(error)}") from error
+        raise UserError(f"{address} answers, but not as a Ray dashboard does: {one_line(error)}") from error
     except (RuntimeError, ValueError) as error:  # some hold the traceback of the dashboard
-        raise UserError(f"{address}: {in_one_line(str(error).strip().splitlines()[-1])}") from error
+        raise UserError(f"{address}: {one_line(str(error).strip().splitlines()[-1])}") from error
 
 
 def ask(client: Client, question: Callable[[], T]) -> T:
@@ -236,5 +237,5 @@ def probe_cluster(client: Client, wanted: dict[str, list[str]]) -> dict[str, Any
     if not found:
         message = ask(client, lambda: client.get_job_info(job)).message
         last = log.strip().splitlines()[-1:] or [message or "no reason given"]
-        raise UserError(f"{client.get_address()}: a job can't run there: {in_one_line(last[0])}")
+        raise UserError(f"{client.get_address()}: a job can't run there: {one_line(last[0])}")
     return json.loads(found[0].removeprefix(probe.MARK))

@@ -14,10 +14,10 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from ray.job_submission import JobDetails, JobStatus
 
-from gist_dist import __version__
 from gist_dist.common.errors import UserError
 from gist_dist.common.redact import printable, redact
-from gist_dist.config import RunConfig, parse_config
+from gist_dist.common.version import __version__
+from gist_dist.config import RunConfig
 from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.on_ray.cluster.capacity import check_room
 from gist_dist.on_ray.doctor.machine import required_packages
@@ -47,6 +47,7 @@ from gist_dist.on_ray.jobs.package import (
     pack,
     written_folders,
 )
+from gist_dist.recipe import parse_config
 
 STOP_WAIT_S = 300
 """Between Ray's SIGTERM and its SIGKILL: time to end the step and write a checkpoint."""

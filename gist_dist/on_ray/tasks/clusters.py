@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
+from gist_dist.common.text import one_line
 from gist_dist.config import RunConfig
 from gist_dist.data.clusters import RowClusters, make_clusters, nearest_centres, row_vectors
 from gist_dist.data.corpus import Corpus, open_corpus
@@ -37,9 +38,7 @@ def cluster_on_ray(config: RunConfig, corpus: Corpus, guide: Guide) -> RowCluste
                 return np.concatenate(ray.get([task.remote(config, place, part, shared) for part in parts]))
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None)
-                raise (
-                    cause if isinstance(cause, UserError) else UserError(f"clusters: {in_one_line(error)}")
-                ) from error
+                raise (cause if isinstance(cause, UserError) else UserError(f"clusters: {one_line(error)}")) from error
 
     return make_clusters(config, corpus, cache.fingerprint, vectors, assign)
 

@@ -27,7 +27,7 @@ from ray.exceptions import (
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.common.redact import redact_text
-from gist_dist.common.text import PROGRESS_SECONDS, clock, plural
+from gist_dist.common.text import PROGRESS_SECONDS, clock, one_line, plural
 from gist_dist.config import ClusterConfig, EvaluateConfig, RunConfig
 from gist_dist.evaluation.evaluate import (
     Score,
@@ -36,7 +36,6 @@ from gist_dist.evaluation.evaluate import (
     model_identity,
     read_result,
 )
-from gist_dist.evaluation.local_sets import one_line
 from gist_dist.evaluation.tasks import check_tasks, estimated_characters
 from gist_dist.on_ray.cluster.connect import connected, gpus_per_worker
 from gist_dist.report.mteb_export import Named, export_results

@@ -26,10 +26,10 @@ import torch
 import yaml
 from ray.exceptions import RayError, RayTaskError
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.common.redact import redact
-from gist_dist.common.text import PROGRESS_SECONDS
+from gist_dist.common.text import PROGRESS_SECONDS, one_line
 from gist_dist.config import Columns, GuideConfig, RunConfig, SourceConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.kept_arrays import find_array, keep_array
@@ -276,10 +276,10 @@ def _result(reference: ray.ObjectRef[Any]) -> Mined:
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from error
-        raise UserError(f"mining failed with {type(error.cause).__name__}: {in_one_line(error.cause)}") from error
+        raise UserError(f"mining failed with {type(error.cause).__name__}: {one_line(error.cause)}") from error
     except RayError as error:
         raise UserError(
-            f"mining: a worker was lost for good: {in_one_line(error)}; what is done is kept: run again, with a "
+            f"mining: a worker was lost for good: {one_line(error)}; what is done is kept: run again, with a "
             "smaller batch.loss_gb if memory ran out"
         ) from error
 

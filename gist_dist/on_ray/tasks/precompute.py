@@ -19,9 +19,9 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
 from gist_dist.common.storage import join, open_store
-from gist_dist.common.text import PROGRESS_SECONDS
+from gist_dist.common.text import PROGRESS_SECONDS, one_line
 from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.data.corpus import Corpus, open_corpus
 from gist_dist.models.encoder import Guide
@@ -173,10 +173,10 @@ def _run_pool(
                     if num_lost > max_failures:
                         raise UserError(
                             f"guide cache: {num_lost} actors were lost (cluster.max_failures = {max_failures}), the "
-                            f"last with: {in_one_line(error)}; run again for what is left, with a smaller "
+                            f"last with: {one_line(error)}; run again for what is left, with a smaller "
                             "batch.chunk_tokens if memory ran out"
                         ) from error
-                    logger.warning("guide cache: an actor was lost and is replaced: %s", in_one_line(error))
+                    logger.warning("guide cache: an actor was lost and is replaced: %s", one_line(error))
                     if shard is not None:
                         waiting.appendleft(shard)
                     actors.append(start())
@@ -195,7 +195,7 @@ def _run_pool(
 def _as_user_error(error: RayTaskError) -> UserError:
     if isinstance(error.cause, UserError):
         return error.cause
-    return UserError(f"guide cache: encoding failed with {type(error.cause).__name__}: {in_one_line(error.cause)}")
+    return UserError(f"guide cache: encoding failed with {type(error.cause).__name__}: {one_line(error.cause)}")
 
 
 class _Actor:

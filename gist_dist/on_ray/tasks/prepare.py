@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from gist_dist.common.errors import UserError, in_one_line
+from gist_dist.common.errors import UserError
+from gist_dist.common.text import one_line
 from gist_dist.config import ClusterConfig, RunConfig
 from gist_dist.data.corpus import Corpus, prepare, run_in_process
 from gist_dist.data.formats import HubRows
@@ -74,7 +75,7 @@ def run_in_tasks(job: Job, tick: Callable[[int, int], None], max_in_flight: int)
                 except ray.exceptions.RayError as error:  # its process, its node or what it yielded is lost
                     del running[stream]
                     losses[number] += 1
-                    reason = in_one_line(error, 200)
+                    reason = one_line(error, 200)
                     if losses[number] > MAX_LOSSES:
                         raise UserError(
                             f"part {number} of the data was lost {losses[number]} times while it was prepared, at last "

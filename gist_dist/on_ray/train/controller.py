@@ -15,7 +15,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from gist_dist.common.redact import redact_text
-from gist_dist.on_ray.train.failures import Failure, classify, one_line, steps_done
+from gist_dist.on_ray.train.failures import Failure, classify, last_line, steps_done
 from gist_dist.on_ray.train.messages import READY, RESIZE, STOP, post, posted, withdraw
 
 logger = logging.getLogger(__name__)
@@ -51,9 +51,9 @@ class RetryPolicy(FailurePolicy):
             return True, f"after step {done} a node was taken away as announced"
         if isinstance(error, ControllerError):
             self.failed_starts += 1
-            return self.failed_starts <= self.max_failures, f"workers could not be started: {one_line(str(error))}"
+            return self.failed_starts <= self.max_failures, f"workers could not be started: {last_line(str(error))}"
         if not isinstance(error, WorkerGroupError):
-            return False, one_line(str(error))
+            return False, last_line(str(error))
         failure = classify(error.worker_failures)[0]
         reason = f"after step {done}: {failure.text}"
         if failure.kind == "user":

@@ -92,7 +92,7 @@ def classify(failures: Mapping[int, BaseException]) -> list[Failure]:
 
 
 def _classified(rank: int, error: BaseException) -> Failure:
-    text = one_line(str(error)) or type(error).__name__
+    text = last_line(str(error)) or type(error).__name__
     names = {type(cause).__name__ for cause in _causes(error)}
     full = str(error)
     if isinstance(error, UserError):
@@ -118,7 +118,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = getattr(error, "health_check_failure", None)
 
 
-def one_line(text: str) -> str:
+def last_line(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return lines[-1][:400] if lines else ""
 

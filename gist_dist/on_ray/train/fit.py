@@ -14,7 +14,7 @@ from gist_dist.common.signals import StopRequests
 from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.on_ray.cluster.connect import ClusterWatch, address_of, cpus_per_worker, gpus_per_worker
-from gist_dist.on_ray.train.failures import classify, memory_remedy, memory_sentence, one_line
+from gist_dist.on_ray.train.failures import classify, last_line, memory_remedy, memory_sentence
 from gist_dist.on_ray.train.messages import READY, RESIZE, STOP, post, withdraw
 from gist_dist.on_ray.train.worker import LOG_NAME, train_worker
 
@@ -177,7 +177,7 @@ def _explain(error: Exception, config: RunConfig, log: Path) -> str:
     """A sentence for what ended the training; all of it goes to the log."""
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"{error}\n")
-    text = one_line(str(error)) or type(error).__name__
+    text = last_line(str(error)) or type(error).__name__
     failures = classify(getattr(error, "worker_failures", {}))
     if failures:
         first = failures[0]

@@ -31,7 +31,6 @@ def train_worker(payload: dict[str, Any]) -> str:
 
     What a rank raises ends all ranks as soon as Ray's controller looks; its RetryPolicy decides what then.
     """
-    from gist_dist.config import parse_config
     from gist_dist.core.collectives import World, broadcast_object
     from gist_dist.data.clusters import read_clusters
     from gist_dist.data.corpus import open_corpus
@@ -39,6 +38,7 @@ def train_worker(payload: dict[str, Any]) -> str:
     from gist_dist.data.mining import MINED
     from gist_dist.models.encoder import Guide, Student
     from gist_dist.models.guide_cache import GuideCache
+    from gist_dist.recipe import parse_config
     from gist_dist.training.trainer import train
 
     config = parse_config(payload["recipe"])
