@@ -3,6 +3,7 @@
 Importing this module costs neither torch nor ray, so that a mistyped key answers at once.
 """
 
+import codecs
 import os
 from collections.abc import Iterator
 from importlib import import_module
@@ -141,17 +142,23 @@ def _as_list(value: Any) -> Any:
 class Columns(Section):
     """Which columns hold the roles, or the text and the label of a classification set."""
 
-    anchor: str = "anchor"
-    positive: str = "positive"
+    anchor: str | None = None
+    """Left out, 'anchor' is taken, or what the field's tools call it: query, question, sentence1, messages, …"""
+    positive: str | None = None
+    """A text, or a list of them: then the row becomes one for each. Left out, 'positive' is taken, or pos, answer,
+    response, positive_passages, sentence2, …"""
     negatives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_list)] = None
-    """One list column, one text column, or several text columns; a null means no negative there. Left out,
-    'negatives' or 'negative' is taken where the file has it; [] takes none."""
+    """One list column, one text column, or several text columns; null and blanks mean no negative there. Left out,
+    'negatives', 'negative', 'neg', 'negative_1', … are taken where the source has them; [] takes none."""
+    prompt: str | None = None
+    """A column whose text is put before the row's anchor, as FlagEmbedding's prompt; null: none."""
     text: str | None = None
     """Of a classification set: its texts. With label, in place of the roles: the source is made into triplets."""
     label: str | None = None
     """Of a classification set: the class of each text."""
     instructions: Literal["drop", "prepend"] | None = None
-    """Cells are [instruction, text] pairs, as in MEDI: drop takes the text alone, prepend both, joined."""
+    """Cells are [instruction, text] pairs, as in MEDI, or conversations with a system message: drop takes the text
+    alone, prepend both, joined."""
 
     @model_validator(mode="after")
     def _both(self) -> "Columns":
@@ -162,6 +169,43 @@ class Columns(Section):
     @property
     def is_classification(self) -> bool:
         return self.text is not None
+
+
+def _separator(value: Any) -> Any:
+    return {"tab": "\t", "\\t": "\t"}.get(value, value) if isinstance(value, str) else value
+
+
+def _text_encoding(name: str) -> str:
+    try:
+        is_text = codecs.lookup(name)._is_text_encoding
+    except (LookupError, ValueError):
+        is_text = False
+    if not is_text:
+        raise ValueError(
+            f"{SHORT.repr(name)} is no encoding that Python knows (known: utf-8, cp1252, latin-1, utf-16, …)"
+        )
+    return name
+
+
+class TextFormat(Section):
+    """How the text files of a source are to be read, where that isn't plain."""
+
+    delimiter: Annotated[str | None, BeforeValidator(_separator)] = Field(default=None, min_length=1, max_length=1)
+    """Between the cells of CSV and TSV: one character, or tab. null: the header tells (comma, tab, semicolon, |)."""
+    quoting: Literal["minimal", "none"] = "minimal"
+    """minimal: a cell may be within double quotes. none: a quote is part of the text, as in the TSV of MS MARCO."""
+    encoding: Annotated[str, AfterValidator(_text_encoding)] | None = None
+    """Of CSV, TSV and JSON, such as cp1252. null: UTF-8, or UTF-16 where a byte order mark says so."""
+    names: tuple[str, ...] | None = None
+    """Column names of CSV and TSV files without a header; null: the first line has them."""
+
+    @model_validator(mode="after")
+    def _separates(self) -> "TextFormat":
+        if self.delimiter is not None and self.delimiter in '"\r\n\0':
+            raise ValueError(f"delimiter = {self.delimiter!r}: a quote or the end of a line separates no cells")
+        if self.names is not None and (not self.names or len(set(self.names)) < len(self.names)):
+            raise ValueError("names: a name for every column, all different")
+        return self
 
 
 class SourcePrompts(Section):
@@ -205,6 +249,7 @@ class SourceConfig(Section):
     revision: str | None = None
     """Revision of a Hub dataset."""
     columns: Columns = Columns()
+    format: TextFormat = TextFormat()
     prompts: SourcePrompts = SourcePrompts()
     weight: float = Field(default=1.0, ge=1e-6, le=1e6)
     """How often an epoch takes each row: 2 takes all rows twice, 0.5 a fresh random half of them."""

@@ -241,7 +241,7 @@ def prepare(
     with suppress(OSError):  # it may be another user's, or be read-only
         _remove_leftovers(store, corpus.manifest)
     for source, report in zip(sources, corpus.manifest["reports"], strict=True):
-        _tell_unusable(source, SourceReport(**report), config, progress)
+        _tell_rows(source, SourceReport(**report), config, progress)
     if config.batch.global_size > corpus.num_rows:
         raise UserError(
             f"batch.global_size = {config.batch.global_size}: the data has only {corpus.num_rows} usable rows; "
@@ -339,7 +339,9 @@ def _refuse_empty(job: Job, commits: list[Commit]) -> None:
             raise UserError(f"{source.where}: {report.path} has no usable row; {report.complaint()}")
 
 
-def _tell_unusable(source: Source, report: SourceReport, config: RunConfig, say: Callable[[str], None]) -> None:
+def _tell_rows(source: Source, report: SourceReport, config: RunConfig, say: Callable[[str], None]) -> None:
+    for line in report.told():
+        say(line)
     if not report.dropped:
         return
     if config.data.unusable_rows == "error":

@@ -49,6 +49,8 @@ def text_bytes(cells: pa.Array) -> int:
         return int(pc.sum(pc.binary_length(cells.dictionary).take(cells.indices)).as_py() or 0)
     if _is_list(kind):
         return text_bytes(cells.flatten())
+    if pa.types.is_struct(kind):
+        return sum(map(text_bytes, cells.flatten()))
     if (pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)) and len(cells):
         views = np.frombuffer(cells.buffers()[1], np.int32)  # of 16 bytes, the length first
         return int(views[4 * cells.offset :: 4][: len(cells)].sum(dtype=np.int64))
@@ -80,6 +82,8 @@ def batches_of(records: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, .
 
 def _size(value: Any) -> int:
     """Characters of the texts in a value."""
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
     if isinstance(value, list):
         return sum(map(_size, value))
     return len(value) if isinstance(value, str) else 0

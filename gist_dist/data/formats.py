@@ -1,5 +1,6 @@
 """Reading one file, or one Hub dataset: its columns, and any run of its rows, as Python values."""
 
+import codecs
 import csv
 import io
 import json
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain, count, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.fs
@@ -20,7 +21,7 @@ import pyarrow.parquet
 from gist_dist.common.errors import UserError
 from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.common.text import one_line
-from gist_dist.config import SourceConfig
+from gist_dist.config import SourceConfig, TextFormat
 from gist_dist.data.decode import BATCH_ROWS, batches_of, rows_at_a_time, slices
 
 FORMATS = {
@@ -37,9 +38,22 @@ COMPRESSED = (".gz", ".bz2", ".zst")
 SCHEMA_RECORDS = 1000
 """JSON records looked at to learn a file's columns."""
 READ_BYTES = 4 * 2**20
+SHOWN_START = 2**16
+"""Bytes in which a JSON file says what it is."""
+OTHER_ENCODING = "convert it, or set format.encoding (cp1252 where Excel wrote it in Western Europe)"
 CELL_BYTES = 64 * 2**20
 """Of a CSV cell, a line of JSON, or an object of a JSON list: a few kilobytes of gzip can hold more than any memory."""
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
+WRAPPED = re.compile(
+    r'\s*\{\s*(?:"(?:[^"\\]|\\.)*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[-+.\deE]+|true|false|null)\s*,\s*)*'
+    r'"(?:data|rows|train|examples|items|records|instances|samples)"\s*:\s*(?=\[\s*[{\]])'
+)
+"""The start of an object that holds the rows: {"version": 1, "data": [{…"""
+DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "|"}
+BYTE_ORDER_MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+PLAIN = TextFormat()
 
 
 class Head(NamedTuple):
@@ -86,11 +100,16 @@ class SourceFile:
     path: str
     where: str
     """Of its source, for error messages."""
+    options: TextFormat = PLAIN
 
     @property
     def name(self) -> str:
         path = self.path.split("?")[0] if "://" in self.path else self.path
         return path.rsplit("/", 1)[-1]
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.path]
 
     @property
     def format(self) -> str | None:
@@ -114,11 +133,16 @@ class SourceFile:
                 counted = self._open_arrow([*columns][:1]) if is_local else None
                 return Head(columns, None if counted is None else tuple(batch.num_rows for batch in counted))
             if self.format == "csv":
-                with self._open_text() as stream:
-                    return Head(self._types((name, None) for name in next(self._csv_rows(stream), (1, []))[1]), None)
+                names = self.options.names or self.first_cells()
+                return Head(self._types((name, None) for name in names), None)
             with self._open_text() as stream:
                 records = islice(self._json_records(stream), SCHEMA_RECORDS)
                 return Head(dict.fromkeys(name for record in records for name in record), None, is_open=True)
+
+    def first_cells(self) -> list[str]:
+        """Of a CSV or TSV file: its header, if it has one."""
+        with self._reading(), self._open_text() as stream:
+            return next(self._csv_rows(stream), (1, list[str]()))[1]
 
     def read(self, wanted: list[str], start: int, num_rows: int | None) -> Iterator[tuple[int, list[list[Any]]]]:
         """(number of the first row, cells of each wanted column) of batches of at most BATCH_ROWS rows."""
@@ -171,35 +195,44 @@ class SourceFile:
 
     @contextmanager
     def _open_text(self) -> Iterator[io.BufferedReader]:
-        """The bytes after a byte order mark; UserError where they are not UTF-8 for certain."""
+        """The text as UTF-8 bytes, after a byte order mark; UserError where they are not for certain."""
         with self.filesystem.open_input_stream(self.path, compression="detect") as raw:
             stream = io.BufferedReader(raw, READ_BYTES)
-            first = stream.peek(4)[:4]
-            if first.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in first:
-                raise UserError(f"{self.where}: {self.path} is UTF-16 or UTF-32 text, not UTF-8; convert it")
-            if first.startswith(b"\xef\xbb\xbf"):
+            first, encoding = stream.peek(4)[:4], self.options.encoding
+            if encoding is None:
+                encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if first.startswith(mark)), "utf-8")
+                if encoding == "utf-8" and b"\0" in first:
+                    raise UserError(
+                        f"{self.where}: {self.path} is UTF-16 or UTF-32 text, not UTF-8; set format.encoding "
+                        "(utf-16-le, …) or convert it"
+                    )
+            if codecs.lookup(encoding).name not in ("utf-8", "utf-8-sig", "ascii"):
+                stream = io.BufferedReader(_AsUtf8(stream, encoding), READ_BYTES)
+            if stream.peek(3).startswith(b"\xef\xbb\xbf"):
                 stream.read(3)
             yield stream
 
     def _csv_cells(self, stream: io.BufferedReader, wanted: list[str]) -> Iterator[tuple[str | None, ...]]:
         """The wanted cells of each row. Text stays text ("1984" is a title, "NA" a word); an empty cell is null."""
         rows = self._csv_rows(stream)
-        _, header = next(rows, (0, wanted))  # an empty file has no row either
+        header = [*(self.options.names or next(rows, (0, wanted))[1])]  # an empty file has no row either
         places = [header.index(name) for name in wanted]
         for line, cells in rows:
             if len(cells) != len(header):
                 raise UserError(
                     f"{self.where}: {self.name} line {line} has {len(cells)} cells where the header has {len(header)}; "
-                    "mend or remove it"
+                    f"mend or remove it{', or set format.names' if self.options.names else ''}"
                 )
             yield tuple([cells[place] or None for place in places])
 
     def _csv_rows(self, stream: io.BufferedReader) -> Iterator[tuple[int, list[str]]]:
         """(line it starts in, cells) of each row, the header's first."""
         csv.field_size_limit(CELL_BYTES)
-        delimiter = "\t" if suffix(self.name) == ".tsv" else ","
+        delimiter = self.options.delimiter or self._delimiter(stream.peek()[:SHOWN_START])
         lines = self._lines(io.TextIOWrapper(stream, "utf-8", newline=""))
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        is_quoted = self.options.quoting == "minimal"
+        quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+        reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         while True:
             line = reader.line_num + 1
             try:
@@ -207,19 +240,30 @@ class SourceFile:
             except csv.Error as error:
                 raise UserError(
                     f"{self.where}: {self.name} line {line} is no CSV ({error}); mend it: a quote within a quoted cell "
-                    "is written twice, and one that opens a cell closes it"
+                    "is written twice, and one that opens a cell closes it; or set format.quoting=none if quotes "
+                    "are part of the texts"
                 ) from None
             if cells is None:
                 return
             if cells:
                 yield line, cells
 
+    def _delimiter(self, start: bytes) -> str:
+        """Comma or tab as the file's name says, or what else the first line is separated by."""
+        usual = "\t" if suffix(self.name) == ".tsv" else ","
+        line = start.splitlines()[:1]
+        text = line[0].decode(errors="replace") if line else ""
+        if usual in text:
+            return usual
+        return max((usual, *DELIMITERS), key=text.count)
+
     def _json_cells(self, stream: io.BufferedReader, wanted: list[str]) -> Iterator[tuple[Any, ...]]:
         return (tuple(map(record.get, wanted)) for record in self._json_records(stream))
 
     def _json_records(self, stream: io.BufferedReader) -> Iterator[dict[str, Any]]:
-        """Of one object a line, or of a file that is one list of objects."""
-        is_list = stream.peek(1).lstrip()[:1] == b"["
+        """Of one object a line, or of a file that is one list of objects, or an object that holds such a list."""
+        start = stream.peek(1)[:SHOWN_START].lstrip()
+        is_list = start[:1] == b"[" or WRAPPED.match(start.decode(errors="replace"))
         for line, value in self._json_list(stream) if is_list else self._json_lines(stream):
             if not isinstance(value, dict):
                 kind = type(value).__name__
@@ -252,7 +296,9 @@ class SourceFile:
         """(line, value) of the list's values, without the whole file in memory: MEDI's is one list of 1.4 million."""
         file, decode = io.TextIOWrapper(stream, "utf-8"), json.JSONDecoder().raw_decode
         text = file.read(READ_BYTES)
-        at, line, comma_first = text.index("[") + 1, 1 + text[: text.index("[")].count("\n"), False
+        wrapped = WRAPPED.match(text)
+        opens = wrapped.end() if wrapped else text.index("[")
+        at, line, comma_first = opens + 1, 1 + text[:opens].count("\n"), False
         while True:
             space = JSON_SPACE.match(text, at)
             assert space, "it may be empty, and is always there"
@@ -260,6 +306,10 @@ class SourceFile:
             line += text.count("\n", start, at)
             error = None
             if at < len(text) and text[at] == "]":
+                if not wrapped and (text[at + 1 :] + file.read(READ_BYTES)).strip():
+                    raise UserError(
+                        f"{self.where}: {self.name} line {line} goes on after its list; remove what follows"
+                    )
                 return
             if at < len(text) and comma_first:
                 if text[at] != ",":
@@ -288,9 +338,10 @@ class SourceFile:
     def _no_json(self, error: Exception, line: int) -> UserError:
         where = f"{self.where}: {self.name} line {line}"
         if isinstance(error, UnicodeDecodeError):
-            return UserError(f"{where} is not UTF-8 text; convert the file")
+            return UserError(f"{where} is not UTF-8 text; {OTHER_ENCODING}")
         if isinstance(error, json.JSONDecodeError):
-            return UserError(f"{where} is not JSON ({error.msg}); mend or remove it")
+            forms = "" if line > 1 else " (an object a line, or a list of objects, is read)"
+            return UserError(f"{where} is not JSON ({error.msg}); mend or remove it{forms}")
         # Digits without end, brackets without end.
         return UserError(f"{where} can't be read ({str(error).split(';')[0]}); remove it")
 
@@ -305,6 +356,23 @@ class SourceFile:
 
     def _reading(self) -> Any:
         return reading(f"{self.where}: {self.path}", self.filesystem)
+
+
+class _AsUtf8(io.RawIOBase):
+    """The UTF-8 bytes of text of another encoding."""
+
+    def __init__(self, stream: io.BufferedReader, encoding: str) -> None:
+        self.text, self.left = io.TextIOWrapper(stream, encoding, newline=""), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self.left:
+            self.left = self.text.read(len(buffer)).encode()
+        count = min(len(buffer), len(self.left))
+        buffer[:count], self.left = self.left[:count], self.left[count:]
+        return count
 
 
 class _IpcBatches:
@@ -350,7 +418,9 @@ def reading(what: str, filesystem: pa.fs.FileSystem | None = None) -> Iterator[N
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{what} is not UTF-8 text; convert it") from error
+        if error.encoding not in ("utf-8", "ascii"):
+            raise UserError(f"{what} is not {error.encoding} text; set another format.encoding") from error
+        raise UserError(f"{what} is not UTF-8 text; {OTHER_ENCODING}") from error
     except errors as error:
         if "invalid utf8" in str(error).lower():
             raise UserError(f"{what} is not UTF-8 text; convert it") from error

@@ -14,6 +14,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.text import one_line
 from gist_dist.config import SourceConfig
 from gist_dist.data.formats import FORMATS, SourceFile, suffix
+from gist_dist.data.judged import JudgedPairs, find_judged
 
 SPLIT_NAMES = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 ARROW_SCHEMES = ("file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss")
@@ -22,7 +23,7 @@ GCS_PATIENCE = "retry_limit_seconds=30"
 """Without a limit of the user's own; Arrow's would try for a quarter of an hour."""
 
 
-def find_files(config: SourceConfig, where: str, root: str | None) -> list[SourceFile]:
+def find_files(config: SourceConfig, where: str, root: str | None) -> list[SourceFile] | list[JudgedPairs]:
     """The files of a source, sorted; none if it is a Hub dataset."""
     if "://" in config.path:
         return _find_remote(config, where)
@@ -72,7 +73,7 @@ def _walk(folder: str) -> list[str]:
     return sorted(found)
 
 
-def _find_remote(config: SourceConfig, where: str) -> list[SourceFile]:
+def _find_remote(config: SourceConfig, where: str) -> list[SourceFile] | list[JudgedPairs]:
     """The files behind a URI, which may be a glob and end in options, as s3://…?endpoint_override=host."""
     scheme, uri, options = config.path.split("://")[0].lower(), config.path, ""
     is_web = scheme in ("http", "https")  # where what follows a question mark is part of the address
@@ -137,13 +138,17 @@ def _files_below(
     return sorted(info.path for info in infos if info.is_file)
 
 
-def _list_files(filesystem: pa.fs.FileSystem, path: str, config: SourceConfig, where: str) -> list[SourceFile]:
+def _list_files(
+    filesystem: pa.fs.FileSystem, path: str, config: SourceConfig, where: str
+) -> list[SourceFile] | list[JudgedPairs]:
     info = _file_info(filesystem, path, config, where)
     if info.type == pa.fs.FileType.NotFound:
         raise UserError(f"{where}: no file or folder {config.path}")
     if info.is_file:
         return _matched([SourceFile(filesystem, path, where)], config.path, config, where)
     files = [SourceFile(filesystem, found, where) for found in _files_below(filesystem, path, True, config, where)]
+    if judged := find_judged([("/".join(_within(file, path)), file) for file in files], config, where):
+        return judged
     files = sorted((f for f in files if f.format and _is_data(_within(f, path))), key=lambda f: f.path)
     if not files:
         raise UserError(f"{where}: no {', '.join(sorted(set(FORMATS.values())))} file in folder {config.path}")

@@ -7,7 +7,8 @@ for part in source.parts():              # each may be read by another process
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, repeat, starmap
 from typing import Any, NamedTuple
 
@@ -17,24 +18,16 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.redact import redact_address
 from gist_dist.common.text import SHORT
 from gist_dist.config import DataConfig, Filters, SourceConfig
-from gist_dist.data.formats import HubRows, SourceFile
+from gist_dist.data.formats import HubRows, SourceFile, suffix
+from gist_dist.data.judged import JudgedPairs
+from gist_dist.data.layouts import NoText, Roles, find_roles, holds_text, is_list, may_hold_text, text_of, texts_of
 from gist_dist.data.places import find_files
 
-LIST_KINDS = (
-    pa.types.is_list,
-    pa.types.is_large_list,
-    pa.types.is_fixed_size_list,
-    pa.types.is_list_view,
-    pa.types.is_large_list_view,
-)
-TEXT_KINDS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
 PART_ROWS = 2**17
 """Rows of a part, where they can be counted without reading them."""
 SHOWN_DROPS, SHOWN_COLUMNS = 5, 20
 LONGEST_VALUE = 200
 """Characters of a value of split_by, which names a source wherever it is shown."""
-NOT_A_PAIR = object()
-"""Stands for a cell that should be [instruction, text] and is not."""
 
 
 class Row(NamedTuple):
@@ -44,7 +37,7 @@ class Row(NamedTuple):
     positive: str
     negatives: tuple[str, ...]
     number: int
-    """Of the row within its part, from 0; unusable rows count."""
+    """Of the row within its part, from 0; unusable rows count. Rows made of one with several positives share it."""
     group: str | None = None
     """Value of the split_by column."""
 
@@ -73,6 +66,10 @@ class SourceReport:
     """Reason → number of rows."""
     first_dropped: list[str] = field(default_factory=list)
     """Where the first of them are: file, row within the file (from 0) and reason."""
+    rows_added: int = 0
+    """Where a row has several positives: those beyond the first, each a row of its own."""
+    layout: str = ""
+    """Which columns are read, unless they are called as their roles are."""
 
     def drop(self, where: str, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -83,14 +80,23 @@ class SourceReport:
         """The report of a later part of the same source."""
         self.rows_read += other.rows_read
         self.rows_used += other.rows_used
+        self.rows_added += other.rows_added
         for reason, count in other.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
         self.first_dropped = (self.first_dropped + other.first_dropped)[:SHOWN_DROPS]
 
     def complaint(self) -> str:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in self.dropped.items())
-        total = f"{sum(self.dropped.values()):,} of {self.rows_read:,} rows"
+        total = f"{sum(self.dropped.values()):,} of {self.rows_read + self.rows_added:,} rows"
         return f"{total}: {reasons}; the first (counting from 0): {self.first_dropped[0]}"
+
+    def told(self) -> list[str]:
+        """What the plan and the log say of how the source was read."""
+        told = [self.layout] if self.layout else []
+        if self.rows_added:
+            rows = f"{self.rows_read:,} rows are {self.rows_read + self.rows_added:,}"
+            told.append(f"{rows}, one for each positive: a row has one positive, and some here have several")
+        return [f"{self.name}: {line}" for line in told]
 
 
 class Source:
@@ -102,14 +108,30 @@ class Source:
     def __init__(self, config: SourceConfig, number: int, root: str | None) -> None:
         self.config = config
         self.where = f"data.sources[{number}]"
-        self.report = self.new_report()
         found = find_files(config, self.where, root)
-        self.files: Sequence[SourceFile | HubRows] = found or [HubRows(config, self.where)]
+        self.files: Sequence[SourceFile | JudgedPairs | HubRows] = self._as_set(found) or [HubRows(config, self.where)]
         self.heads = self._of_files(lambda file: file.head())
+        self.roles: Roles | None = None
         self.columns = self._map_columns()
+        self.report = self.new_report()
 
     def new_report(self) -> SourceReport:
-        return SourceReport(self.config.label, redact_address(self.config.path))
+        layout = self.roles.told(self._known_columns()) if self.roles else ""
+        return SourceReport(self.config.label, redact_address(self.config.path), layout=layout)
+
+    def _as_set(self, files: list[Any]) -> list[Any]:
+        """The files, to be read as the recipe's format says. UserError where that is of no use."""
+        options = self.config.format
+        set_here = options.model_dump(exclude_defaults=True)
+        is_csv = any(isinstance(file, SourceFile) and file.format == "csv" for file in files)
+        is_text = is_csv or any(isinstance(file, SourceFile) and file.format == "jsonl" for file in files)
+        if useless := [name for name in set_here if not (is_text if name == "encoding" else is_csv)]:
+            kinds = "CSV, TSV or JSON" if useless[0] == "encoding" else "CSV or TSV"
+            raise UserError(f"{self.where}.format.{useless[0]}: the source has no {kinds} file; remove it")
+        return [replace(file, options=options) if isinstance(file, SourceFile) else file for file in files]
+
+    def _known_columns(self) -> set[str]:
+        return {name for head in self.heads for name in head.columns}
 
     def fingerprint(self) -> list[list[Any]]:
         """Changes whenever what would be read may have changed."""
@@ -146,24 +168,26 @@ class Source:
         number, has_groups = 0, self.config.split_by is not None
         for name, first, columns in self._read(part):
             count = len(columns[0])
-            groups = [_value(cell) for cell in columns.pop()] if has_groups else repeat(None, count)
-            anchors, positives, negatives = self._roles(columns)
-            records = zip(anchors, positives, negatives, range(number, number + count), groups, strict=True)
-            number += count
+            values = [_value(cell) for cell in columns.pop()] if has_groups else []
+            anchors, positives, negatives, places = self._roles(columns)
+            groups = [values[place] for place in places] if has_groups else repeat(None, len(places))
+            records = zip(anchors, positives, negatives, (number + place for place in places), groups, strict=True)
             report.rows_read += count
+            report.rows_added += len(places) - count
             # Told for a whole batch at once: nearly all batches are fine, and then no row is looked at alone.
             if self._all_texts(chain(anchors, positives, *negatives)) and (
                 not has_groups or all(map(_is_name, groups))
             ):
-                report.rows_used += count
+                report.rows_used += len(places)
                 yield from starmap(Row, records)
-                continue
-            for in_file, record in enumerate(records, start=first):
-                if reason := self._complaint(*record):
-                    report.drop(f"{name} row {in_file}", reason)
-                else:
-                    report.rows_used += 1
-                    yield Row(*record)
+            else:
+                for place, record in zip(places, records, strict=True):
+                    if reason := self._complaint(*record):
+                        report.drop(f"{name} row {first + place}", reason)
+                    else:
+                        report.rows_used += 1
+                        yield Row(*record)
+            number += count
 
     def read(self) -> Iterator[Row]:
         """The usable rows of the whole source, numbered within it; ``self.report`` tells of the others."""
@@ -198,33 +222,34 @@ class Source:
             if left == 0:
                 return
 
-    def _roles(self, columns: list[list[Any]]) -> tuple[list[Any], list[Any], list[tuple[Any, ...]]]:
-        """Anchor, positive and negatives of each row; what is not text is still in there."""
+    def _roles(self, columns: list[list[Any]]) -> tuple[list[Any], list[Any], list[tuple[Any, ...]], Sequence[int]]:
+        """Anchor, positive and negatives of each row, and which of the rows read it is made of; what is not text is
+        still in there."""
+        assert self.roles is not None
         anchors, positives, *cells = columns
-        if not cells:
-            return self._texts(anchors), self._texts(positives), [()] * len(anchors)
-        as_list = self._as_pairs if self.config.columns.instructions else _as_list
-        negatives = [
-            tuple(text for text in chain.from_iterable(map(as_list, row)) if text is not None)
-            for row in zip(*cells, strict=True)
+        if self.roles.prompt is not None:
+            anchors = list(map(_after_prompt, self._texts(anchors), cells.pop()))
+        else:
+            anchors = self._texts(anchors)
+        as_list = partial(texts_of, instructions=self.config.columns.instructions)
+        negatives: list[tuple[Any, ...]] = [()] * len(anchors)
+        if cells:
+            rows = zip(*cells, strict=True)
+            negatives = [tuple(filter(holds_text, chain.from_iterable(map(as_list, row)))) for row in rows]
+        if not any(isinstance(cell, list) for cell in positives):
+            return anchors, self._texts(positives), negatives, range(len(anchors))
+        several = [
+            _usable_positives(as_list(cell)) if isinstance(anchor, str) else [None]  # the anchor is complained of
+            for anchor, cell in zip(anchors, positives, strict=True)
         ]
-        return self._texts(anchors), self._texts(positives), negatives
+        places = [place for place, texts in enumerate(several) for _ in texts]
+        return [anchors[i] for i in places], [*chain(*several)], [negatives[i] for i in places], places
 
     def _texts(self, cells: list[Any]) -> list[Any]:
-        return [self._paired(cell) for cell in cells] if self.config.columns.instructions else cells
-
-    def _as_pairs(self, cell: Any) -> list[Any]:
-        """The texts of a cell that is a pair, or a list of pairs."""
-        return [self._paired(cell)] if _is_pair(cell) else [self._paired(pair) for pair in _as_list(cell)]
-
-    def _paired(self, cell: Any) -> Any:
-        if cell is None:
-            return None
-        if not _is_pair(cell):
-            return NOT_A_PAIR
-        instruction, text = cell
-        both = self.config.columns.instructions == "prepend" and instruction.strip() and text.strip()
-        return f"{instruction} {text}" if both else text
+        instructions = self.config.columns.instructions
+        if instructions is None and set(map(type, cells)) <= {str}:
+            return cells
+        return [text_of(cell, instructions) for cell in cells]
 
     def _all_texts(self, texts: Iterable[Any]) -> bool:
         """Whether none of them would be complained of."""
@@ -258,12 +283,8 @@ class Source:
     def _text_complaint(self, role: str, text: Any) -> str:
         if text is None:
             return f"{role} is missing"
-        if text is NOT_A_PAIR:
-            return f"{role} is no [instruction, text] pair (columns.instructions)"
-        if _is_pair(text):
-            return f"{role} is a pair, not text (set columns.instructions if it is [instruction, text])"
-        if not isinstance(text, str):
-            return f"{role} is {type(text).__name__}, not text"
+        if isinstance(text, NoText):
+            return f"{role} {text.reason}"
         if not text or text.isspace():
             return f"{role} is empty"
         if not text.isascii() and not _is_unicode(text):
@@ -296,10 +317,10 @@ class Source:
         if columns.text is not None and columns.label is not None:
             wanted = [("columns.text", columns.text), ("columns.label", columns.label)]
         else:
-            usual = [n for n in ("negatives", "negative") if any(n in head.columns for head in self.heads)][:1]
-            negatives = usual if columns.negatives is None else columns.negatives
-            wanted = [("columns.anchor", columns.anchor), ("columns.positive", columns.positive)]
-            wanted += [("columns.negatives", name) for name in negatives]
+            self.roles = roles = find_roles(columns, self._known_columns(), self.where)
+            wanted = [("columns.anchor", roles.anchor), ("columns.positive", roles.positive)]
+            wanted += [("columns.negatives", name) for name in roles.negatives]
+            wanted += [("columns.prompt", roles.prompt)] if roles.prompt is not None else []
             wanted += [("split_by", split_by)] if split_by is not None else []
         for setting, column in wanted:
             self._check_column(setting, column)
@@ -318,11 +339,14 @@ class Source:
             if column in has:
                 problem = f"column '{column}' of {name} holds {has[column]}, not {self._need(setting)}"
                 problem += f" as in {good[0]}" if good else ""
-                if not good and self.config.columns.instructions is None and _may_hold_text(has[column], lists=2):
+                is_anchor = setting == "columns.anchor" and self.config.columns.instructions is None
+                if not good and is_anchor and may_hold_text(has[column], lists=2):
                     remedy += ", or columns.instructions if its cells are [instruction, text] pairs"
             else:
                 problem = f"column '{column}' of {good[0]} is" if good else f"column '{column}'"
                 problem += f" not in {name} (has: {_listed(has)})"
+                if not good and suffix(name) in (".csv", ".tsv"):
+                    remedy += ", or format.delimiter" * (len(has) == 1) + ", or format.names if the file has no header"
             raise UserError(f"{self.where}: {problem}; {remedy}")
 
     def _need(self, setting: str) -> str:
@@ -337,8 +361,8 @@ class Source:
             return True
         if need == "single values":
             return not pa.types.is_nested(kind)
-        lists = (need != "text") + (setting == "columns.negatives")
-        return _may_hold_text(kind, lists) and (need == "text" or _is_list(kind) or pa.types.is_null(kind))
+        lists = (need != "text") + (setting in ("columns.positive", "columns.negatives"))
+        return may_hold_text(kind, lists) and (need == "text" or is_list(kind) or pa.types.is_null(kind))
 
 
 def open_sources(config: DataConfig) -> list[Source]:
@@ -368,25 +392,13 @@ def _listed(columns: Iterable[str]) -> str:
     return f"{shown} and {len(columns) - SHOWN_COLUMNS:,} more" if len(columns) > SHOWN_COLUMNS else shown
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in LIST_KINDS)
+def _usable_positives(texts: list[Any]) -> list[Any]:
+    """Without null and blanks, but for one of them where there is nothing else."""
+    return [text for text in texts if holds_text(text)] or texts[:1] or [None]
 
 
-def _may_hold_text(kind: pa.DataType, lists: int = 0) -> bool:
-    """Text, or up to so many levels of lists of it."""
-    if pa.types.is_dictionary(kind):
-        return _may_hold_text(kind.value_type, lists)
-    if lists and _is_list(kind):
-        return _may_hold_text(kind.value_type, lists - 1)
-    return any(is_kind(kind) for is_kind in TEXT_KINDS)
-
-
-def _as_list(cell: Any) -> list[Any]:
-    return cell if isinstance(cell, list) else [cell]
-
-
-def _is_pair(cell: Any) -> bool:
-    return isinstance(cell, list) and len(cell) == 2 and isinstance(cell[0], str) and isinstance(cell[1], str)
+def _after_prompt(anchor: Any, prompt: Any) -> Any:
+    return anchor if not isinstance(anchor, str) or prompt is None else f"{prompt}{anchor}"
 
 
 def _is_name(value: Any) -> bool:

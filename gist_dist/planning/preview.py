@@ -17,6 +17,7 @@ from gist_dist.core.loss import BatchIndex
 from gist_dist.core.plan import BatchPlan, Chunk, deal, plan_batch
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Epoch, Sampler
+from gist_dist.data.sources import SourceReport
 from gist_dist.data.statistics import source_accounts
 from gist_dist.models.encoder import Encoder, Guide, Student
 from gist_dist.models.guide_cache import open_guide_cache
@@ -154,8 +155,11 @@ class Preview:
             if bounds := source.filters.model_dump(exclude_none=True):
                 told = ", ".join(f"{bound.replace('_', ' ')} {number:,}" for bound, number in bounds.items())
                 lines += _wrapped(f"{source.label}: filtered by {told}")
+        for report in self.reports:
+            lines += [line for told in SourceReport(**report).told() for line in _wrapped(told)]
         dropped = [
-            f"{read['name']}: dropped {sum(read['dropped'].values()):,} of {read['rows_read']:,} rows: "
+            f"{read['name']}: dropped {sum(read['dropped'].values()):,} of "
+            f"{read['rows_read'] + read.get('rows_added', 0):,} rows: "
             + ", ".join(f"{reason} ({number:,})" for reason, number in read["dropped"].items())
             + "".join(f"; the first (counting from 0): {where}" for where in read["first_dropped"][:1])
             for read in self.reports
@@ -184,8 +188,9 @@ class Preview:
             "moved": "rows_moved",
             "repeats": "duplicates_admitted",
         }
-        if not any(source.get(key) for source in self.sources for key in TEXTS_CUT):
-            counts = {heading: key for heading, key in counts.items() if key not in TEXTS_CUT}
+        for keys in (TEXTS_CUT, ("rows_dropped",)):
+            if not any(source.get(key) for source in self.sources for key in keys):
+                counts = {heading: key for heading, key in counts.items() if key not in keys}
 
         def cells(name: str, *sources: dict[str, Any]) -> tuple[str, ...]:
             several = len(sources) > 1

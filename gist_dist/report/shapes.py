@@ -75,6 +75,7 @@ class SourceAccount(Shape):
     rows_used: Number
     dropped: dict[str, Number] = ABSENT
     first_dropped: list[str] = ABSENT
+    rows_added: Number = 0
     recipe_source: Annotated[int, Field(ge=0)] | None = None
     weight: Count = None
     rows_per_epoch: Count = None

@@ -43,9 +43,9 @@ def _warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> It
             "batch.global_size, so that the texts of a chunk are of one length.",
         )
     for source in run.data.get("reports") or run.data.get("sources", ()):
-        read, used = source.get("rows_read") or 0, source.get("rows_used") or 0
-        if read and (read - used) / read > 0.05:
-            share = percent((read - used) / read)
+        rows, used = (source.get("rows_read") or 0) + (source.get("rows_added") or 0), source.get("rows_used") or 0
+        if rows and (rows - used) / rows > 0.05:
+            share = percent((rows - used) / rows)
             yield "rows_dropped", f"{share} of the rows of {source.get('name')} were dropped as unusable."
     for label, errors in run.failures.items():
         for task, error in errors.items():

@@ -59,7 +59,11 @@ def local_sources(config: RunConfig) -> list[LocalSource]:
             continue  # a Hub dataset
         Source(source, number, config.data.root)  # looks into them
         head = _head(place).absolute()
-        found.append(LocalSource(number, str(place.absolute()), head, [Path(f.path) for f in files], is_absolute))
+        found.append(
+            LocalSource(
+                number, str(place.absolute()), head, [Path(path) for f in files for path in f.paths], is_absolute
+            )
+        )
     return found
 
 
