@@ -56,9 +56,12 @@ PathText = Annotated[str, AfterValidator(_usable_path)]
 class RolePrompts(Section):
     """Text put before every text of a role; part of what is encoded."""
 
-    anchor: str = ""
-    positive: str = ""
-    negatives: str = ""
+    anchor: str | None = None
+    """null: the model's own prompt of queries, or its default prompt; "" for none."""
+    positive: str | None = None
+    """null: the model's own prompt of documents, or its default prompt; "" for none."""
+    negatives: str | None = None
+    """null: that of the positives, which are documents as well."""
 
 
 class StudentConfig(Section):
@@ -71,7 +74,7 @@ class StudentConfig(Section):
     max_tokens: int | None = Field(default=None, ge=3)
     """Texts are cut to this many tokens, special ones included; null keeps the model's own limit."""
     prompts: RolePrompts = RolePrompts()
-    """Prompt per role; a source can override it."""
+    """Prompt per role, in place of the model's own; a source can override it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the encoder's matrix products (autocast); weights, embeddings and the loss are fp32, whatever the checkpoint
     is stored in."""
@@ -106,7 +109,7 @@ class GuideConfig(Section):
     max_tokens: int | None = Field(default=None, ge=3)
     """Texts are cut to this many tokens of the guide's own tokenizer; null keeps the model's own limit."""
     prompts: RolePrompts = RolePrompts()
-    """Prompt per role; a source can override it."""
+    """Prompt per role, in place of the model's own; a source can override it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the guide's weights and matrix products; its embeddings leave it as fp32."""
     mode: Literal["online", "cache", "self"] = "online"
@@ -593,6 +596,12 @@ class RunConfig(Section):
         student = self.student
         same = ("model", "revision", "max_tokens", "prompts", "precision", "trust_remote_code")
         return self.guide.model_copy(update={key: getattr(student, key) for key in same})
+
+    @property
+    def prompts_to_keep(self) -> RolePrompts:
+        """Of the student, for queries and documents of the saved model: what all sources set alike, else its own."""
+        of_sources = {source.prompts.student or self.student.prompts for source in self.data.sources}
+        return of_sources.pop() if len(of_sources) == 1 else self.student.prompts
 
     def _cache_dir(self, folder: str | None, default: str) -> str:
         if folder and "://" in folder:

@@ -30,7 +30,7 @@ from gist_dist.common.files import sealed, unsealed
 from gist_dist.common.redact import redact
 from gist_dist.common.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store, sha256
 from gist_dist.common.text import PROGRESS_SECONDS
-from gist_dist.config import ROLES, RolePrompts, RunConfig
+from gist_dist.config import ROLES, RunConfig
 from gist_dist.data.merge import Damaged, merge
 from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
 from gist_dist.data.sources import Source, SourceReport, open_sources
@@ -294,9 +294,9 @@ def _inputs(config: RunConfig, sources: list[Source], student: "Encoder", guide:
 
 
 def _prompts(source: Source, student: "Encoder", guide: "Encoder | None") -> Prompts:
-    of_student = source.config.prompts.student or student.config.prompts
-    of_guide = (source.config.prompts.guide or guide.config.prompts) if guide else RolePrompts()
-    return Prompts(**{role: (getattr(of_student, role), getattr(of_guide, role)) for role in ROLES})
+    of_student = student.prompts_with(source.config.prompts.student)
+    of_guide = guide.prompts_with(source.config.prompts.guide) if guide else None
+    return Prompts(**{role: (of_student[role], of_guide[role] if of_guide else "") for role in ROLES})
 
 
 def _build(job: Job, store: Store, inputs: dict[str, Any], progress: "_Progress", run_parts: Runner) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +18,7 @@ from pydantic import Field, TypeAdapter
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
+from gist_dist.common.stock_model import Prompts, adopted, ensure_padding, hold_limit, prompts_of
 from gist_dist.common.text import one_line
 from gist_dist.common.untrusted import Shape, load_plain_json, problem
 from gist_dist.config import EvaluateConfig
@@ -73,16 +75,17 @@ def evaluate_task(
     task: str,
     evaluate: EvaluateConfig,
     folder: Path,
-    prompts: dict[str, str] | None = None,
+    prompts: Mapping[str, str | None] | None = None,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Score a model (SentenceTransformer folder or Hub id) on one task; the result is folder/<task>.json.
 
-    prompts: put over the model's own, by MTEB's names ("query", "document", a task's name or type). A result
-    of the same model content, prompts and local data is left as it is; any other is removed before the evaluation
-    begins, so that one that fails or is killed leaves none. UserError for an unusable task or data that can't be had.
+    prompts: put over the model's own, by MTEB's names ("query", "document", a task's name or type); null: the model's
+    own. None: the model as it is. A result of the same model content, prompts and local data is left as it is; any
+    other is removed before the evaluation begins, so that one that fails or is killed leaves none. UserError for an
+    unusable task or data that can't be had.
     """
     folder = Path(folder)
     file = folder / f"{task}.json"
@@ -99,7 +102,11 @@ def evaluate_task(
     mteb_task = load_task(task, evaluate.local_tasks)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = SentenceTransformer(str(model), device=device, revision=revision, trust_remote_code=trust_remote_code)
-    encoder.prompts.update(prompts or {})
+    if prompts is not None:
+        encoder.prompts.update({name: text for name, text in prompts.items() if name not in Prompts._fields})
+        encoder.prompts, encoder.default_prompt_name, _ = adopted(encoder, prompts_of(encoder, prompts))
+    ensure_padding(encoder)
+    hold_limit(encoder)
     try:
         with warnings.catch_warnings():
             # Of MTEB about its libraries and its own older tasks; what concerns the user is in its log as well.
@@ -113,7 +120,7 @@ def evaluate_task(
 
     meta = mteb_task.metadata
     details = json.dumps({"kind": meta.type, "metric": meta.main_score, "model": identity}, indent=2)
-    card = json.dumps(_model_meta(wrapped, prompts), default=str, indent=4)
+    card = json.dumps(_model_meta(wrapped), default=str, indent=4)
     write_atomically(folder / "model_meta.json", lambda aside: aside.write_text(card))
     write_atomically(_details_file(folder, task), lambda aside: aside.write_text(details))
     write_atomically(file, result.to_disk)  # last: what is there counts
@@ -155,13 +162,13 @@ def _no_data(task: "AbsTask", evaluate: EvaluateConfig, error: object) -> str:
     return f"{name}: its data can't be had ({one_line(error)}); {remedy}"
 
 
-def _model_meta(wrapped: Any, prompts: dict[str, str] | None) -> dict[str, Any]:
+def _model_meta(wrapped: Any) -> dict[str, Any]:
     """MTEB's metadata of the model, with what it leaves open and the model itself tells."""
     parameters = list(wrapped.model.parameters())
     known = {
         "n_parameters": sum(p.numel() for p in parameters),
         "memory_usage_mb": round(sum(p.numel() * p.element_size() for p in parameters) / 2**20),
-        "use_instructions": any((prompts or wrapped.model.prompts or {}).values()),
+        "use_instructions": any((wrapped.model.prompts or {}).values()),
     }
     return wrapped.mteb_model_meta.to_dict() | known
 
@@ -215,10 +222,13 @@ def finished_score(folder: Path, task: str, evaluate: EvaluateConfig, identity: 
     return score if same_data and score.task == task and details.get("model") == identity else None
 
 
-def model_identity(model: str | Path, revision: str | None = None, prompts: dict[str, str] | None = None) -> str:
+def model_identity(
+    model: str | Path, revision: str | None = None, prompts: Mapping[str, str | None] | None = None
+) -> str:
     """Hash of the prompts and of a model folder's content (but its card) or of Hub id and revision."""
     content = content_hash(Path(model), skip="README.md") if Path(model).is_dir() else f"{model}@{revision}"
-    return hashlib.sha256(json.dumps([content, prompts or {}], sort_keys=True).encode()).hexdigest()[:16]
+    given = {name: text for name, text in (prompts or {}).items() if text is not None}
+    return hashlib.sha256(json.dumps([content, given], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _details_file(folder: Path, task: str) -> Path:

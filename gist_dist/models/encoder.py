@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import GuideConfig, RolePrompts, StudentConfig
+from gist_dist.common.stock_model import NO_LIMIT, Adopted, Prompts, adopted, prompts_of
+from gist_dist.config import GuideConfig, RolePrompts, RunConfig, StudentConfig
 from gist_dist.models.cpu_dropout import FastDropout
-from gist_dist.models.load import NO_LIMIT, Loaded, load, transformer_of
+from gist_dist.models.load import Loaded, load, transformer_of
 from gist_dist.models.packing import Packed, can_pack, embed_packed, pack, prepare_model
-from gist_dist.models.probe import check_encoder, width_of
+from gist_dist.models.probe import check_encoder, check_saved, measure
 from gist_dist.models.tokenizer import TextTokenizer, Tokens, backend_tokens
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Padded:
     ids: Int[Tensor, "t l"]
     mask: Int[Tensor, "t l"]
     """The attention mask."""
+    prompt_lengths: tuple[int, ...] | None = None
+    """Tokens that are not pooled, of every text."""
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,8 +84,9 @@ class Encoder:
         self.config, self.precision = config, config.precision
         self.loaded = loaded or load(config, section, device)
         self.model = self.loaded.model
-        self.width = width_of(self) if loaded else check_encoder(self, section)
-        _refuse_prompt_pooling(self.model, config.prompts, section)
+        self.section, self.skipped = section, list[np.ndarray]()
+        self.width, self.has_unit_embeddings = measure(self) if loaded else check_encoder(self)
+        self.prompts = self.prompts_with(None)
 
     @property
     def max_tokens(self) -> int | None:
@@ -93,6 +97,52 @@ class Encoder:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def prompts_with(self, of_source: RolePrompts | None) -> dict[str, str]:
+        """By role: the source's, else the recipe's, and where neither says anything the model's own. UserError for one
+        that leaves no room for a text, and for a guide that pools without it."""
+        given = of_source or self.config.prompts
+        query, document = prompts_of(self.model, {"query": given.anchor, "document": given.positive})
+        prompts = {"anchor": query, "positive": document}
+        prompts["negatives"] = document if given.negatives is None else given.negatives
+        for prompt in filter(None, prompts.values()):
+            self._take(prompt)
+        return prompts
+
+    def _take(self, prompt: str) -> None:
+        """A prompt that texts will have."""
+        ids, _ = self.tokenizer.tokens_of([prompt])
+        shown = repr(prompt if len(prompt) < 60 else f"{prompt[:60]}…")
+        if self.max_tokens and len(ids) >= self.max_tokens:
+            raise UserError(
+                f"{self.section}.prompts: {shown} alone fills the {self.max_tokens} tokens that texts are cut to; "
+                f"shorten it, or raise {self.section}.max_tokens"
+            )
+        if not self.pools_without_prompt:
+            return
+        if isinstance(self.config, GuideConfig):
+            raise UserError(
+                f"{self.section}.prompts: {self.section}.model pools without its prompt (include_prompt: false), which "
+                f"is supported for a student only; set the prompts to '' ({shown}) or choose another guide"
+            )
+        # As sentence-transformers counts: without a special token at its end.
+        ends = bool(len(ids)) and int(ids[-1]) in self.model.tokenizer.all_special_ids
+        ids = ids[: len(ids) - ends]
+        if not any(np.array_equal(ids, known) for known in self.skipped):
+            self.skipped = sorted([*self.skipped, ids], key=len, reverse=True)
+
+    @property
+    def pools_without_prompt(self) -> bool:
+        return any(getattr(module, "include_prompt", True) is False for module in self.model)
+
+    def _prompt_length(self, ids: np.ndarray) -> int:
+        """Tokens of the longest known prompt that a text begins with; the prompt's last one may have joined the text's
+        first."""
+        for prompt in self.skipped:
+            told = prompt if len(prompt) < 3 else prompt[:-1]
+            if len(ids) > len(told) and np.array_equal(ids[: len(told)], told):
+                return len(prompt)
+        return 0
 
     packs = False
     """Whether inputs() joins texts without padding."""
@@ -161,10 +211,12 @@ class Encoder:
         """Ready to be embedded; in pinned memory for a model on a GPU, so that nothing waits for the copy."""
         tokenizer = self.model.tokenizer
         padded = pad(tokens, tokenizer.pad_token_id or 0, tokenizer.padding_side)
+        if self.skipped:
+            padded = replace(padded, prompt_lengths=tuple(map(self._prompt_length, tokens)))
         if self.device.type != "cuda":
             return padded
         with torch.cuda.device(self.device):  # another thread would take the node's first GPU
-            return Padded(padded.ids.pin_memory(), padded.mask.pin_memory())
+            return replace(padded, ids=padded.ids.pin_memory(), mask=padded.mask.pin_memory())
 
     def inputs(self, tokens: Sequence[np.ndarray]) -> Padded | Packed:
         """Ready to be embedded: packed where this model is, else padded."""
@@ -189,7 +241,10 @@ class Encoder:
         if "token_type_ids" in self.model.tokenizer.model_input_names:
             features["token_type_ids"] = torch.zeros_like(features["input_ids"])
         with self.autocast():
-            embedding = self.model(features)["sentence_embedding"]
+            if padded.prompt_lengths is not None and any(padded.prompt_lengths):
+                embedding = _pooled_by_prompt(self.model, features, padded.prompt_lengths)
+            else:
+                embedding = self.model(features)["sentence_embedding"]
         return self._unit(embedding)
 
     def _unit(self, embedding: Tensor) -> Tensor:
@@ -199,6 +254,27 @@ class Encoder:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+def _pooled_by_prompt(model: nn.Module, features: dict[str, Tensor], lengths: Sequence[int]) -> Tensor:
+    """The texts whose prompts are of one length together, which is how Pooling leaves prompts out."""
+    transformer, *others = model.children()
+    features = transformer(features)
+    parts, order = [], []
+    for length in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        at = torch.tensor(rows, device=features["attention_mask"].device)
+        part: dict[str, Any] = {
+            name: value[at]
+            for name, value in features.items()
+            if isinstance(value, Tensor) and len(value) == len(lengths)
+        }
+        part |= {"prompt_length": length} if length else {}
+        for module in others:
+            part = module(part)
+        parts.append(part["sentence_embedding"])
+        order += rows
+    return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
 
 
 class Preprocess:
@@ -231,6 +307,13 @@ class Student(Encoder):
         super().__init__(config, "student", device)
         transformer = transformer_of(self.model)
         _refuse_adapters(self.model, config)
+        if self.is_compared_otherwise:
+            logger.warning(
+                "student.model: '%s' is compared by %s, and its embeddings are not of length 1; training takes "
+                "cosines, and the saved model says cosine",
+                config.model,
+                self.model.similarity_fn_name,
+            )
         self.model.train()
         if config.dropout is not None:
             override_dropout(self.model, config.dropout)
@@ -255,18 +338,30 @@ class Student(Encoder):
         with self.dropout:
             return self.embed(texts)
 
-    def save(self, folder: Path) -> None:
-        """A stock SentenceTransformer directory, with the model's own limit of tokens, in student.save_dtype."""
-        training_limit = self.model.max_seq_length
-        self.model.max_seq_length = self.loaded.own_max_tokens or training_limit
-        prompts: dict[str, str | None] = {"query": self.config.prompts.anchor, "document": self.config.prompts.positive}
-        if any(prompts.values()):
-            self.model.prompts = prompts
-        self.model.eval()
-        with _stored_as(self.model, self.save_dtype):
-            self.model.save(str(folder), create_model_card=False)
-        self.model.train()
-        self.model.max_seq_length = training_limit
+    def save(self, folder: Path, config: RunConfig | None = None) -> None:
+        """A stock SentenceTransformer directory, in student.save_dtype: all that the model brought, with its own limit
+        of tokens, the prompts that it was trained with, and cosine similarity where its embeddings have other lengths.
+
+        config: of the run, whose sources may have prompts of their own.
+        """
+        model, was_training = self.model, self.model.training
+        before = model.max_seq_length, model.prompts, model.default_prompt_name, model.similarity_fn_name
+        kept = kept_prompts(self, config)
+        model.max_seq_length = self.loaded.own_max_tokens or model.max_seq_length
+        model.prompts, model.default_prompt_name = {**kept.prompts}, kept.default_prompt_name
+        model.similarity_fn_name = "cosine" if self.is_compared_otherwise else model.similarity_fn_name
+        model.eval()
+        try:
+            with _stored_as(model, self.save_dtype):
+                model.save(str(folder), create_model_card=False)
+        finally:
+            model.train(was_training)
+            model.max_seq_length, model.prompts, model.default_prompt_name, model.similarity_fn_name = before
+
+    @property
+    def is_compared_otherwise(self) -> bool:
+        """Whether its similarity, of embeddings that are not of length 1, is another than training's cosine."""
+        return self.model.similarity_fn_name not in (None, "cosine") and not self.has_unit_embeddings
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -299,11 +394,26 @@ def _refuse_adapters(model: nn.Module, config: StudentConfig) -> None:
         raise UserError(f"student.model: '{config.model}' has no trainable weights: none of them takes a gradient")
 
 
-def save_model(student: Student, folder: Path) -> None:
-    """Written aside and renamed, so that a model folder is always whole."""
+def kept_prompts(student: Student, config: RunConfig | None) -> Adopted:
+    """What the saved model has: those of training as query and document, and those of sources that differ from them by
+    the source's name."""
+    of_queries = student.prompts_with(config.prompts_to_keep if config else None)
+    kept = adopted(student.model, Prompts(of_queries["anchor"], of_queries["positive"]))
+    for source in config.data.sources if config else ():
+        own = student.prompts_with(source.prompts.student)
+        if own["anchor"] != of_queries["anchor"] or own["positive"] != of_queries["positive"]:
+            kept.prompts[f"{source.label}-query"] = own["anchor"]
+            kept.prompts[f"{source.label}-document"] = own["positive"]
+    return kept
+
+
+def save_model(student: Student, folder: Path, config: RunConfig | None = None) -> None:
+    """Written aside, loaded again and compared, and renamed, so that a model folder is always whole and embeds as it
+    was trained. UserError where it doesn't."""
     aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    student.save(aside)
+    student.save(aside, config)
+    check_saved(student, aside, student.prompts_with(config.prompts_to_keep if config else None))
     if folder.exists():
         folder.rename(old)
     aside.rename(folder)
@@ -329,7 +439,9 @@ class Guide(Encoder):
     @classmethod
     def copy_of(cls, student: Student, config: GuideConfig) -> "Guide":
         """The student as it now is, frozen."""
-        return cls(config, student.device, replace(student.loaded, model=copy.deepcopy(student.model)))
+        guide = cls(config, student.device, replace(student.loaded, model=copy.deepcopy(student.model)))
+        guide.skipped = student.skipped
+        return guide
 
 
 def override_dropout(model: nn.Module, probability: float) -> None:
@@ -351,12 +463,3 @@ def pad(tokens: Sequence[np.ndarray], pad_id: int, side: str = "right") -> Padde
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = np.concatenate(tokens)
     return Padded(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
-
-
-def _refuse_prompt_pooling(model: "SentenceTransformer", prompts: RolePrompts, section: str) -> None:
-    excludes = any(getattr(module, "include_prompt", True) is False for module in model)
-    if excludes and any((prompts.anchor, prompts.positive, prompts.negatives)):
-        raise UserError(
-            f"{section}.prompts: {section}.model pools without its prompt (include_prompt: false), which is not "
-            "supported; remove the prompts or choose another model"
-        )

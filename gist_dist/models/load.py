@@ -11,6 +11,7 @@ from torch import nn
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.hub import go_offline_if_unreachable
+from gist_dist.common.stock_model import ensure_padding, hold_limit, position_limit
 from gist_dist.common.text import one_line
 from gist_dist.config import GuideConfig, StudentConfig
 from gist_dist.models.folder import other_family, stored_dtype, what_is_wrong, what_to_say
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
-
-NO_LIMIT = 2**24
-"""Tokenizers without a limit tell a number beyond any text, such as 1e30."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,7 @@ def load(config: StudentConfig | GuideConfig, section: str, device: torch.device
     model.float()  # what is stored narrower loses nothing, and small steps then add up
     _ensure_padding(model, name, section)
     _refuse_tokens_beyond_the_table(model, name, section)
-    own = token_limit(model)
-    if own and own != model.max_seq_length:
-        model.max_seq_length = own
-    positions = position_limit(model)
+    own, positions = hold_limit(model), position_limit(transformer_of(model))
     if config.max_tokens and config.max_tokens > (positions or math.inf):
         raise UserError(
             f"{section}.max_tokens = {config.max_tokens}: {config.model} has positions for {positions} tokens; lower it"
@@ -108,28 +103,6 @@ def transformer_of(model: "SentenceTransformer") -> Any:
     return found
 
 
-def token_limit(model: "SentenceTransformer") -> int | None:
-    """Of the tokenizer and of the positions, whichever is lower; None where neither has one."""
-    said = model.max_seq_length
-    limits = [said if said and said < NO_LIMIT else None, position_limit(model)]
-    return min((limit for limit in limits if limit), default=None)
-
-
-def position_limit(model: "SentenceTransformer") -> int | None:
-    """How many tokens it has positions for: of a table those that can be used (RoBERTa's begin behind the padding's),
-    else what its config tells, as for rotary ones; None for models without, as T5."""
-    transformer = transformer_of(model)
-    for module in transformer.modules():
-        table = getattr(module, "position_embeddings", None)
-        if isinstance(table, nn.Embedding):
-            padding = getattr(module, "padding_idx", table.padding_idx)
-            return table.num_embeddings - (padding + 1 if isinstance(padding, int) else 0)
-    config = transformer.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    told = getattr(config, "max_position_embeddings", None)
-    return told if isinstance(told, int) and 0 < told < NO_LIMIT else None
-
-
 def _folder_of(name: str, revision: str | None) -> Path | None:
     """Where its files lie on this machine."""
     folder = Path(name).expanduser()
@@ -168,19 +141,15 @@ def _refuse_other_kinds(model: "SentenceTransformer", name: str, section: str) -
 
 
 def _ensure_padding(model: "SentenceTransformer", name: str, section: str) -> None:
-    """Texts of different lengths need a padding token; attention never sees it."""
-    tokenizer = model.tokenizer
-    if tokenizer.pad_token_id is not None:
-        return
-    for kind in ("eos_token", "unk_token", "bos_token"):
-        if token := getattr(tokenizer, kind):
-            tokenizer.pad_token = token
-            logger.warning("%s.model: '%s' has no padding token; its %s %r pads, as saved", section, name, kind, token)
-            return
-    raise UserError(
-        f"{section}.model: the tokenizer of '{name}' has no padding token, and none that could take its place; set "
-        "pad_token in its tokenizer_config.json"
-    )
+    kind = ensure_padding(model)
+    if kind == "":
+        raise UserError(
+            f"{section}.model: the tokenizer of '{name}' has no padding token, and none that could take its place; set "
+            "pad_token in its tokenizer_config.json"
+        )
+    if kind:
+        token = model.tokenizer.pad_token
+        logger.warning("%s.model: '%s' has no padding token; its %s %r pads, as saved", section, name, kind, token)
 
 
 def _refuse_tokens_beyond_the_table(model: "SentenceTransformer", name: str, section: str) -> None:

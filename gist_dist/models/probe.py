@@ -1,51 +1,51 @@
 """Measured at load: that an embedding depends on its text alone, and is the one that the stock model gives."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.text import one_line
 
 if TYPE_CHECKING:
-    from gist_dist.models.encoder import Encoder
+    from gist_dist.models.encoder import Encoder, Student
 
-SHORT, LONG = (
-    "how to bake bread",
-    "mix flour, water, salt and yeast, knead it for 10 minutes, let it rise and bake it hot",
-)
-DIFFERENT = 0.01
+SHORT = "how to bake bread"
+LONG = "mix flour, water, salt and yeast, knead it for 10 minutes, let it rise for an hour and bake it hot"
+DIFFERENT, DIFFERENT_IN_BF16 = 0.01, 0.1
 """Length of the difference of two unit vectors, above which they are not the same up to rounding."""
 
 
-def width_of(encoder: "Encoder") -> int:
-    with torch.no_grad():
-        return _embed(encoder, [SHORT]).shape[-1]
+class Measured(NamedTuple):
+    width: int
+    has_unit_embeddings: bool
+    """Whether encode() gives vectors of length 1 by itself."""
 
 
-def check_encoder(encoder: "Encoder", section: str) -> int:
-    """The width of its embeddings; UserError where what is trained could not be what is used."""
-    name = f"{section}.model: '{encoder.config.model}'"
-    was_training, precision = encoder.model.training, encoder.precision
-    if encoder.config.attention != "flash_attention_2":  # which has no fp32
-        encoder.precision = "fp32"
-    bound = DIFFERENT_IN_BF16 if encoder.precision == "bf16" else DIFFERENT
-    encoder.model.eval()
-    try:
-        with torch.no_grad():
+def measure(encoder: "Encoder") -> Measured:
+    with _exactly(encoder):
+        stock = _stock(encoder.model, "encode", [SHORT, LONG])
+    return Measured(stock.shape[-1], _are_units(stock))
+
+
+def check_encoder(encoder: "Encoder") -> Measured:
+    """UserError where what is trained could not be what is used."""
+    name = f"{encoder.section}.model: '{encoder.config.model}'"
+    hows = ("encode", "encode_query", "encode_document")
+    with _exactly(encoder) as bound:
+        try:
             alone = torch.cat([_embed(encoder, [text]) for text in (SHORT, LONG)])
             together = _embed(encoder, [SHORT, LONG])
-            stock = {how: _stock(encoder, how) for how in ("encode", "encode_query", "encode_document")}
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{name} can't embed two texts: {one_line(error)}") from error
-    finally:
-        encoder.model.train(was_training)
-        encoder.precision = precision
+            with encoder.autocast():
+                stock = {how: _stock(encoder.model, how, [SHORT, LONG]) for how in hows}
+        except Exception as error:
+            raise UserError(f"{name} can't embed two texts: {one_line(error)}") from error
     if not bool(torch.isfinite(together).all()):
         raise UserError(f"{name} gives embeddings that are not finite; its weights are damaged, or its attention is")
     if (difference := _distance(alone, together)) > bound:
@@ -56,13 +56,57 @@ def check_encoder(encoder: "Encoder", section: str) -> int:
             f"{'right' if side == 'left' else 'left'} in its tokenizer_config.json, or choose another model"
         )
     for how, embeddings in stock.items():
-        if (difference := _distance(alone, embeddings)) > bound:
+        if (difference := _distance(alone, _units(embeddings))) > bound:
             raise UserError(
                 f"{name}: its {how}() embeds otherwise than its modules do with token ids alone (they differ by "
                 f"{difference:.2g}), so what is trained would not be what is used: a Router, or code of its own, asks "
                 "for more than texts; choose another model"
             )
-    return alone.shape[-1]
+    return Measured(alone.shape[-1], _are_units(stock["encode"]))
+
+
+def check_saved(student: "Student", folder: Path, prompts: Mapping[str, str]) -> None:
+    """UserError unless the model in this folder, loaded as anybody would, embeds as the student does."""
+    from sentence_transformers import SentenceTransformer
+
+    config = student.config
+    kwargs = {"dtype": torch.float32} | ({"attn_implementation": "eager"} if config.attention == "eager" else {})
+    try:
+        saved = SentenceTransformer(
+            str(folder), device="cpu", trust_remote_code=config.trust_remote_code, model_kwargs=kwargs
+        )
+        if student.max_tokens:  # the saved one has its own
+            saved.max_seq_length = student.max_tokens
+        texts = [SHORT, LONG]
+        stock = {role: _stock(saved, f"encode_{role}", texts, prompt=None) for role in ("query", "document")}
+    except Exception as error:
+        raise UserError(f"the trained model was saved and can't be loaded again: {one_line(error)}") from error
+    with _exactly(student) as bound:
+        bound = bound if student.save_dtype == torch.float32 else DIFFERENT_IN_BF16
+        for role, prompt in (("query", prompts["anchor"]), ("document", prompts["positive"])):
+            trained = _embed(student, [prompt + text for text in texts])
+            if (difference := _distance(trained, _units(stock[role]))) > bound:
+                raise UserError(
+                    f"the saved model's encode_{role}() embeds otherwise than the trained one (they differ by "
+                    f"{difference:.2g}), so it was not kept; the checkpoints are. Please report the kind of student"
+                )
+
+
+@contextmanager
+def _exactly(encoder: "Encoder") -> Iterator[float]:
+    """In fp32, without dropout and not compiled; gives the bound of what counts as the same."""
+    model: Any = encoder.model
+    before = model.training, encoder.precision, model._compiled_call_impl
+    if encoder.config.attention != "flash_attention_2":  # which has no fp32
+        encoder.precision = "fp32"
+    model.eval()
+    model._compiled_call_impl = None
+    try:
+        with torch.no_grad():
+            yield DIFFERENT_IN_BF16 if encoder.precision == "bf16" else DIFFERENT
+    finally:
+        was_training, encoder.precision, model._compiled_call_impl = before
+        model.train(was_training)
 
 
 def _embed(encoder: "Encoder", texts: Sequence[str]) -> Tensor:
@@ -70,12 +114,19 @@ def _embed(encoder: "Encoder", texts: Sequence[str]) -> Tensor:
     return encoder.embed(np.split(ids, np.cumsum(lengths)[:-1])).float().cpu()
 
 
-def _stock(encoder: "Encoder", how: str) -> Tensor:
-    """One text at a time, without prompts."""
-    encode = getattr(encoder.model, how)
-    options = {"prompt": "", "normalize_embeddings": True, "show_progress_bar": False, "convert_to_tensor": True}
-    with encoder.autocast():
-        return torch.cat([encode([text], **options).float().cpu() for text in (SHORT, LONG)])
+def _stock(model: Any, how: str, texts: Sequence[str], prompt: str | None = "") -> Tensor:
+    """One text at a time; prompt None: the one that the method takes by itself."""
+    options = {"prompt": prompt, "show_progress_bar": False, "convert_to_tensor": True}
+    encode = getattr(model, how)
+    return torch.cat([encode([text], **options).float().cpu() for text in texts])
+
+
+def _units(embeddings: Tensor) -> Tensor:
+    return F.normalize(embeddings, dim=-1)
+
+
+def _are_units(embeddings: Tensor) -> bool:
+    return bool(((embeddings.norm(dim=-1) - 1).abs() < 1e-2).all())
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

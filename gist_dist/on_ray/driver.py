@@ -118,8 +118,8 @@ def _check_refresh(config: RunConfig, student: Student, guide: Guide | None) -> 
     """A refreshed guide is the student, which reads the token ids that were prepared for the guide."""
     if guide is None or config.guide_refresh is None:
         return
-    ours, its = config.student.prompts, config.guide_or_student.prompts
-    same_prompts = all((s.prompts.student or ours) == (s.prompts.guide or its) for s in config.data.sources)
+    both = [(s.prompts.student, s.prompts.guide) for s in config.data.sources]
+    same_prompts = all(student.prompts_with(ours) == guide.prompts_with(its) for ours, its in both)
     if guide.fingerprint() != student.fingerprint() or not same_prompts:
         raise UserError(
             f"guide.refresh = {config.guide_refresh}: the guide becomes a copy of the student, so both need the same "

@@ -8,6 +8,7 @@ import yaml
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
+from gist_dist.common.stock_model import NO_LIMIT
 from gist_dist.report import Run, judge, read_run
 from gist_dist.report.card_metadata import licence_on_hub, metadata_yaml, on_hub
 from gist_dist.report.run import read_json
@@ -57,10 +58,6 @@ def write_model_card(run_dir: Path) -> None:
     ]
     card = f"---\n{metadata_yaml(run)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
     write_atomically(run.folder / "model" / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
-
-
-NO_LIMIT = 2**24
-"""Tokens: tokenizers without a limit tell a larger number, such as 1e30."""
 
 
 class Model(NamedTuple):

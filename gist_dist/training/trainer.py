@@ -52,6 +52,8 @@ def train(
     are our own and not reported to Ray: a report waits for the controller, and Ray's retry only has to call this
     function again. Raises UserError, on every worker, for a run that can't go on.
     """
+    for source in config.data.sources:
+        student.prompts_with(source.prompts.student)  # where it pools without them, it knows them by now
     sampler = Sampler(corpus, config)
     model, cache = (None, guide) if isinstance(guide, GuideCache) else (guide, None)
     optimizer = build_optimizer(student.model, config.optim)
@@ -163,7 +165,7 @@ def _keep_result(trainee: Trainee, state: RunState, last: int, num_steps: int) -
 
     def write_model() -> None:
         try:
-            save_model(trainee.student, folder)
+            save_model(trainee.student, folder, trainee.config)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{folder} can't be written: {error}; free space, and the same command goes on from the last checkpoint"

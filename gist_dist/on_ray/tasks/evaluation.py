@@ -60,7 +60,7 @@ class Model(NamedTuple):
     path: str
     revision: str | None = None
     trust_remote_code: bool = False
-    prompts: dict[str, str] | None = None
+    prompts: dict[str, str | None] | None = None
 
 
 class Job(NamedTuple):
@@ -192,9 +192,9 @@ def _as_in_recipe(label: str, path: str, config: RunConfig) -> Model:
     section = config.guide if label == "guide" and config.guide else config.student
     if label == "trained":
         return Model(path, trust_remote_code=section.trust_remote_code)
-    prompts = {"query": section.prompts.anchor, "document": section.prompts.positive}
-    wanted = prompts if any(prompts.values()) else None
-    return Model(path, section.revision, section.trust_remote_code, wanted)
+    prompts = section.prompts if label == "guide" else config.prompts_to_keep
+    given = {"query": prompts.anchor, "document": prompts.positive}
+    return Model(path, section.revision, section.trust_remote_code, given)
 
 
 def _unfinished(jobs: list[Job], models: dict[str, Model], evaluate: EvaluateConfig, folder: Path) -> list[Job]:

@@ -10,7 +10,7 @@ import numpy as np
 from gist_dist.common.errors import UserError
 from gist_dist.common.redact import redact
 from gist_dist.common.storage import join, open_store
-from gist_dist.config import RolePrompts, RunConfig, SourceConfig
+from gist_dist.config import RunConfig, SourceConfig
 from gist_dist.data.sources import Source
 from gist_dist.data.triplets import make_triplets, triplet_source, write_triplets
 from gist_dist.models.encoder import Guide, Student
@@ -42,25 +42,25 @@ def _as_triplets(config: RunConfig, number: int, student: Student, guide: Guide 
         raise UserError(
             f"{source.where}: triplets of a classification set are made with a guide model; set guide.model"
         )
-    prompts = source.config.prompts.guide or guide.config.prompts
-    name = f"{_key(config, source, prompts, student, guide)}.parquet"
+    prompt = guide.prompts_with(source.config.prompts.guide)["anchor"]
+    name = f"{_key(config, source, prompt, student, guide)}.parquet"
     store = open_store(join(config.corpora_dir, "triplets"))
     try:
         if not store.exists(name):
             with store.scratch() as folder:
-                write_triplets(folder / name, *_make(config, source, prompts, student, guide))
+                write_triplets(folder / name, *_make(config, source, prompt, student, guide))
                 store.upload(folder / name, name)
     except OSError as error:
         raise UserError(f"{store.place}: triplets can't be written there: {error}; set data.cache_dir") from error
     return triplet_source(source.config, join(store.place, name))
 
 
-def _key(config: RunConfig, source: Source, prompts: RolePrompts, student: Student, guide: Guide) -> str:
+def _key(config: RunConfig, source: Source, prompt: str, student: Student, guide: Guide) -> str:
     inputs = {
         "format": FORMAT,
         "files": source.fingerprint(),
         "recipe": source.config.model_dump(mode="json", exclude={"name", "weight", "prompts", "license"}),
-        "guide": [guide_fingerprint(guide), prompts.anchor],
+        "guide": [guide_fingerprint(guide), prompt],
         "student": student.fingerprint(),
         "seed": config.seed,
     }
@@ -68,14 +68,12 @@ def _key(config: RunConfig, source: Source, prompts: RolePrompts, student: Stude
 
 
 def _make(
-    config: RunConfig, source: Source, prompts: RolePrompts, student: Student, guide: Guide
+    config: RunConfig, source: Source, prompt: str, student: Student, guide: Guide
 ) -> tuple[list[str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The set's texts, and (anchor, positive, negative) as indices into them."""
     started = time.monotonic()
     texts, labels = _labelled(config, source)
-    tokens = guide.tokenize(
-        [prompts.anchor + text for text in texts]
-    )  # the anchors of the corpus: cached once for both
+    tokens = guide.tokenize([prompt + text for text in texts])  # the anchors of the corpus: cached once for both
     precompute_inputs(config, tokens, guide)
     cache = open_guide_cache(config, guide)
     embeddings = cache.embeddings(cache.find(token_keys(tokens)))
