@@ -1,13 +1,12 @@
 """What a person sees on a terminal while a command runs: a few lines at the bottom that are drawn again and again,
 with everything else scrolling above. Where there is no terminal, the plain lines of the log are all there is.
 
-It only looks: at the log, whose lines that end in the time left are shown in place instead of scrolling by, and at
-metrics.jsonl.
+It only looks: at the fields of log records (gist_dist.common.events), of which those of progress are shown in place
+instead of scrolling by, and at metrics.jsonl.
 """
 
 import json
 import logging
-import re
 import sys
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gist_dist.common.events import TRAINING, fields_of
 from gist_dist.common.redact import printable
 from gist_dist.common.text import clock, plural
 from gist_dist.common.untrusted import step_line
@@ -23,19 +23,6 @@ from gist_dist.common.untrusted import step_line
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-PROGRESS = re.compile(r" left$")
-"""Of all lines that say how far something is, so that the next one replaces it."""
-PHASES = {
-    "gist_dist.on_ray.driver": "preparing data",
-    "gist_dist.data": "preparing data",
-    "gist_dist.on_ray.tasks.prepare": "preparing data",
-    "gist_dist.models.guide_cache": "guide embeddings",
-    "gist_dist.on_ray.tasks.precompute": "guide embeddings",
-    "gist_dist.on_ray.tasks.mine": "hard negatives",
-    "gist_dist.on_ray.train.fit": "training",
-    "gist_dist.on_ray.tasks.evaluation": "evaluating",
-}
-"""Whose lines tell that a phase has begun; the longest name counts."""
 SHOWN_STEPS = 20
 """Loss, speed and time left are means of so many steps."""
 
@@ -73,9 +60,9 @@ class LiveHandler(logging.Handler):
         self.view, self.console = view, console
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
-        self.view.hear(record.name, line)
-        if not PROGRESS.search(line):
+        line, fields = self.format(record), fields_of(record)
+        self.view.hear(line, fields)
+        if not fields.get("progress"):
             self.console.print(line, markup=False)
 
 
@@ -89,21 +76,21 @@ class View:
         self.metrics = Tail(run_dir / "metrics.jsonl") if run_dir else None
         self.num_steps: int | None = None
 
-    def hear(self, logger: str, line: str) -> None:
-        names = [name for name in PHASES if logger == name or logger.startswith(f"{name}.")]
-        phase = PHASES[max(names, key=len)] if names else self.phase
+    def hear(self, line: str, fields: dict[str, Any]) -> None:
+        """fields: of its record."""
+        phase = fields.get("phase", self.phase)
         if phase != self.phase:
             self.phase, self.line, self.phase_began = phase, "", time.monotonic()
-            if phase == "training" and self.run_dir:
+            if phase == TRAINING and self.run_dir:
                 self.num_steps = _planned_steps(self.run_dir)
-        if PROGRESS.search(line):
+        if fields.get("progress"):
             self.line = line
 
     def render(self) -> "RenderableType":
         from rich.console import Group
         from rich.text import Text
 
-        steps = self.metrics.newest() if self.metrics and self.phase == "training" else []
+        steps = self.metrics.newest() if self.metrics and self.phase == TRAINING else []
         phase = f"{self.phase} on {plural(steps[-1]['world_size'], 'worker')}" if steps else self.phase
         heading = Text.assemble(("● ", "cyan"), (self.name, "bold"), f"  {phase}", (f"  {self._clock()}", "dim"))
         if steps:

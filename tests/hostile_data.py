@@ -306,7 +306,8 @@ def plain_run(folder: Path, steps: int, guide: bool = True) -> Path:
         write_examples(run, many_examples())
     (run / "mteb" / "failures.json").write_text(json.dumps({"trained": {"SciFact": "OSError: no space"}}))
     (run / "logs").mkdir()
-    (run / "logs" / "train.log").write_text("checkpoint /x/step-00000100 is damaged (state.json is missing); trying\n")
+    event = {"message": "checkpoint /x/step-00000100 is damaged (state.json is missing)", "problem": "checkpoint"}
+    (run / "logs" / "events.jsonl").write_text(json.dumps(event) + "\n")
     return run
 
 

@@ -1,6 +1,7 @@
 """Prepared rows: what the models' own tokenizing gives, each text once, made once, whole or not at all."""
 
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -576,14 +577,15 @@ def test_a_damaged_corpus_is_named(tmp_path, models, data):
         tiny.prepared(recipe)
 
 
-def test_dropped_rows_are_told_also_when_nothing_is_prepared_anew(tmp_path, models):
+def test_dropped_rows_are_told_also_when_nothing_is_prepared_anew(tmp_path, models, caplog):
+    caplog.set_level(logging.INFO)
     data = tiny.write_jsonl(tmp_path / "x.jsonl", [*ROWS, {"anchor": "", "positive": "p"}])
     config = parse_config(tree(tmp_path, models, data))
     for _ in range(2):
-        told = []
-        corpus = prepare(config, Student(config.student), Guide(config.guide), progress=told.append)
+        caplog.clear()
+        corpus = prepare(config, Student(config.student), Guide(config.guide))
         assert (
             "x: dropped 1 of 6 rows: anchor is empty (1); the first (counting from 0): x.jsonl row 5: anchor is empty"
-            in told
+            in caplog.messages
         )
     assert corpus.manifest["sources"][0]["rows_used"] == 5

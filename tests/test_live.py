@@ -13,8 +13,9 @@ from rich.console import Console
 from terminal import run_in_terminal
 from tiny import recipe, save_tiny_model, words, write_jsonl
 
+from gist_dist.common.events import PROGRESS, TRAINING, phase
 from gist_dist.common.text import clock
-from gist_dist.live import PROGRESS, LiveHandler, Tail, View, live_view
+from gist_dist.live import LiveHandler, Tail, View, live_view
 
 LINE = {
     "step": 7, "loss": 0.5, "grad_norm": 1.25, "learning_rate": 2e-5, "world_size": 2, "pairs_per_second": 100.0,
@@ -34,7 +35,7 @@ def training_view(folder: Path) -> View:
     (folder / "data.json").write_text(json.dumps({"steps": 100}))
     (folder / "metrics.jsonl").write_text("")
     view = View("my-run", folder)
-    view.hear("gist_dist.on_ray.train.fit", "starting 2 workers on Ray")
+    view.hear("starting 2 workers on Ray", phase(TRAINING))
     return view
 
 
@@ -80,33 +81,89 @@ def test_metrics_are_followed_over_a_restart_and_torn_lines(tmp_path):
 def test_lines_of_progress_replace_each_other_and_all_others_stay():
     view, console = View("run"), Console(file=io.StringIO(), width=110)
     handler = LiveHandler(view, console)
-    for name, line in (
-        ("gist_dist.on_ray.driver", "loading models and preparing data"),
-        ("gist_dist.data.corpus", "prepared 10 rows in 0.1 s (100 rows/s), 1 of 4 parts, about 3 s left"),
-        ("gist_dist.data.corpus", "[bold]source[/bold]: 3 rows dropped"),
+    for line, fields in (
+        ("loading models", phase("preparing data")),
+        ("1 of 4 parts", PROGRESS),
+        ("[bold]source[/bold]: 3 rows dropped, 0:04 left", {}),
     ):
-        handler.emit(logging.LogRecord(name, logging.INFO, "", 0, "%s", (line,), None))
+        handler.emit(logging.getLogger("x").makeRecord("x", logging.INFO, "", 0, "%s", (line,), None, extra=fields))
     kept = console.file.getvalue()
-    assert "loading models" in kept and "[bold]source[/bold]: 3 rows dropped" in kept and "1 of 4 parts" not in kept
-    assert "preparing data" in shown(view) and "1 of 4 parts, about 3 s left" in shown(view)
-    view.hear("gist_dist.on_ray.tasks.evaluation", "evaluating trained on 2 tasks")
+    assert (
+        "loading models" in kept
+        and "[bold]source[/bold]: 3 rows dropped, 0:04 left" in kept
+        and "1 of 4 parts" not in kept
+    )
+    assert "preparing data" in shown(view) and "1 of 4 parts" in shown(view)
+    view.hear("evaluating trained on 2 tasks", phase("evaluating"))
     assert "evaluating" in shown(view) and "1 of 4 parts" not in shown(view)
 
 
-def test_every_phase_writes_its_progress_so_that_it_is_shown_in_place():
+def test_every_phase_marks_its_progress_so_that_it_is_shown_in_place(tmp_path, monkeypatch, caplog):
     import numpy as np
 
-    from gist_dist.data.corpus import _Progress as Preparing
-    from gist_dist.models.guide_cache import Progress as Encoding
-    from gist_dist.models.guide_cache import Work
+    from gist_dist.common import progress
+    from gist_dist.config import EvaluateConfig
+    from gist_dist.data.corpus import SAY as PREPARING
+    from gist_dist.data.corpus import _Prepared
+    from gist_dist.models.guide_cache import SAY as ENCODING
+    from gist_dist.models.guide_cache import Encoded, Work
+    from gist_dist.on_ray.tasks.evaluation import Job, _Evaluated
+    from gist_dist.training.observers import _StepProgress
 
-    preparing = Preparing(4, lambda line: None)
-    preparing.rows_of, preparing.num_done = {0: 10}, 1
-    encoding = Encoding(Work([np.arange(3), np.arange(2)], 5), np.array([3, 4, 5]), lambda line: None)
-    encoding.add(0)
-    step = "step 3/9  loss 0.5000  10 pairs/s  masked 1.0 %  0:12 left"
-    for line in (preparing._line(), encoding.line(), step, "3 of 8 evaluations done, about 0:40 left"):
-        assert PROGRESS.search(line), line
+    monkeypatch.setattr(progress, "PROGRESS_SECONDS", 0)
+    caplog.set_level(logging.INFO)
+    for name in ("A", "B"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.csv").write_text("sentence1,sentence2,score\nsome words,other words,1\n")
+    _Prepared(4, PREPARING).tick(0, 10)
+    Encoded(Work([np.arange(3), np.arange(2)], 5), np.array([3, 4, 5]), ENCODING).add(0)
+    _StepProgress(9, 0).show({"step": 1, "loss": 0.5, "pairs_per_second": 10.0, "masked_fraction": 0.01})
+    tasks = EvaluateConfig(tasks=("A", "B"), local_tasks=str(tmp_path))
+    _Evaluated([Job("trained", "A"), Job("trained", "B")], tasks).add(Job("trained", "A"), 1, 2)
+    assert len(caplog.records) == 4 and all(record.progress for record in caplog.records)
+    assert [getattr(record, "phase", None) for record in caplog.records[:2]] == ["preparing data", "guide embeddings"]
+    numbers = ("prepared 10 rows", "3 of 5 texts", "step 1/9  loss 0.5000", "1 of 2 evaluations done")
+    for number, message in zip(numbers, caplog.messages, strict=True):
+        assert number in message
+    assert all(message.endswith("left") for message in caplog.messages[1:])
+
+
+def test_progress_tells_the_time_that_the_rest_takes_and_not_too_often():
+    from gist_dist.common.progress import Progress
+
+    said = []
+    progress = Progress(40, said.append)
+    progress.reach(5, "5")
+    assert not said
+    progress.started -= 100.0
+    progress.said -= 100.0
+    progress.reach(10, "10")
+    progress.reach(11, "11")
+    progress.reach(40, "40", now=True)
+    assert said[1:] == ["40"] and re.fullmatch(r"10, about 5:0\d left", said[0]), said
+
+
+def test_a_workers_events_are_repeated_with_their_fields(tmp_path, caplog):
+    from gist_dist.common.events import EventFormatter, log_event, problems, read_events
+
+    caplog.set_level(logging.INFO)
+    source, file = logging.getLogger("gist_dist.x"), tmp_path / "events.jsonl"
+    fields = {"problem": "checkpoint"} | PROGRESS | phase("elsewhere")
+    record = source.makeRecord("x", logging.WARNING, "", 0, "%s of %s", ("one", "two"), None, extra=fields)
+    line = EventFormatter().format(record)
+    file.write_text(f'{line}\n[1]\n{{"message": 3}}\n{{"mess\n{line}\n')
+    assert problems(file, {"problem": "checkpoint"}) == ["one of two"] and not problems(file, {"problem": "other"})
+    assert not problems(tmp_path / "none", {"problem": "checkpoint"})
+    for event in read_events([line]):
+        log_event(source, event)
+    (told,) = caplog.records
+    assert (told.getMessage(), told.levelname, told.progress, told.problem) == (
+        "one of two",
+        "WARNING",
+        True,
+        "checkpoint",
+    )
+    assert not hasattr(told, "phase")
 
 
 def test_without_a_terminal_nothing_is_changed(capsys):
@@ -144,17 +201,20 @@ def test_a_whole_run_in_a_terminal(tmp_path):
         assert told in session.text, (told, session.text)
 
 
-def test_time_left_of_evaluations_is_told_by_their_text_once_that_says_something(tmp_path):
+def test_time_left_of_evaluations_is_told_by_their_text_once_that_says_something(tmp_path, monkeypatch, caplog):
+    from gist_dist.common import progress
     from gist_dist.config import EvaluateConfig
-    from gist_dist.on_ray.tasks.evaluation import Job, _Progress
+    from gist_dist.on_ray.tasks.evaluation import Job, _Evaluated
 
+    monkeypatch.setattr(progress, "PROGRESS_SECONDS", 0)
+    caplog.set_level(logging.INFO)
     for name, rows in (("Small", 2), ("Large", 200), ("Larger", 400)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "test.csv").write_text("sentence1,sentence2,score\n" + "some words,other words,1\n" * rows)
     jobs = [Job("trained", name) for name in ("Small", "Large", "Larger")]
-    progress = _Progress(jobs, EvaluateConfig(tasks=("Small", "Large", "Larger"), local_tasks=str(tmp_path)))
-    progress.started -= 100.0
-    progress.told -= 100.0
-    assert progress.after(jobs[0]) is None  # seconds of a task without text say nothing of the others
-    assert re.fullmatch(r"[23]:\d\d", progress.after(jobs[1]))
-    assert progress.after(jobs[2]) is None
+    evaluated = _Evaluated(jobs, EvaluateConfig(tasks=("Small", "Large", "Larger"), local_tasks=str(tmp_path)))
+    evaluated.progress.started -= 100.0
+    for number, job in enumerate(jobs, 1):  # seconds of a task without text say nothing of the others
+        evaluated.add(job, number, 3)
+    (said,) = caplog.messages
+    assert re.fullmatch(r"2 of 3 evaluations done, about [23]:\d\d left", said)

@@ -418,6 +418,7 @@ def test_lost_checkpoints_are_found_in_what_the_log_says_of_them(tmp_path, caplo
     import torch
     from tiny import recipe
 
+    from gist_dist.common.events import EventFormatter
     from gist_dist.recipe import parse_config
     from gist_dist.training.checkpoint import CheckpointStore, CheckpointWriter, Snapshot
 
@@ -434,7 +435,8 @@ def test_lost_checkpoints_are_found_in_what_the_log_says_of_them(tmp_path, caplo
     assert writer.finish()
     writer.close()
     (run / "logs").mkdir()
-    (run / "logs" / "train.log").write_text("\n".join(["step 1/3", *caplog.messages, "step 2/3"]))
+    events = [EventFormatter().format(record) for record in caplog.records]
+    (run / "logs" / "events.jsonl").write_text("\n".join(['{"message": "step 1/3"}', *events, '{"message": "step']))
     damaged, unwritten = read_run(run).logged
     assert "step-00000001 is damaged (" in damaged and "model.safetensors is missing" in damaged
     assert "the checkpoint of step 2 can't be written to" in unwritten

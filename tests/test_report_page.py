@@ -249,7 +249,8 @@ def test_damaged_checkpoints_are_warned_about(tmp_path):
     run = make_run(tmp_path / "run", steps=3)
     (run / "logs").mkdir()
     damaged = "checkpoint /runs/x/checkpoints/step-00000100 is damaged (model.safetensors is missing); trying"
-    (run / "logs" / "train.log").write_text(f"step 1/3 loss 2\n{damaged} {HOSTILE}\n{damaged} {HOSTILE}\n")
+    event = json.dumps({"message": f"{damaged} {HOSTILE}", "problem": "checkpoint"})
+    (run / "logs" / "events.jsonl").write_text(f'{{"message": "step 1/3 loss 2"}}\n{event}\n{event}\n')
     (warning,) = build_report(run).warnings
     assert damaged in warning and "script" not in Page(run).tags
 

@@ -3,9 +3,6 @@
 import reprlib
 from typing import Any
 
-PROGRESS_SECONDS = 5
-"""Between two lines of the log that say how far something is."""
-
 SHORT = reprlib.Repr()  # a few kilobytes of YAML aliases can stand for gigabytes
 """Of values from strangers: their repr() within a line."""
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gist_dist.common.errors import in_phase
 from gist_dist.config import RunConfig
 from gist_dist.core.candidate_table import mean_guide_similarity
 from gist_dist.core.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
@@ -229,7 +230,10 @@ def _batch_index(plan: BatchPlan, device: torch.device) -> BatchIndex:
 
 
 class Clock:
-    """Seconds by phase. A GPU's are read off its own marks once the step is done: no phase waits for the last one."""
+    """Seconds by phase. A GPU's are read off its own marks once the step is done: no phase waits for the last one.
+
+    An exception keeps the phase that it was raised in; see phase_of().
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -239,7 +243,8 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         started = self._mark()
-        yield
+        with in_phase(phase):
+            yield
         self.spans.append((phase, started, self._mark()))
 
     def _mark(self) -> Any:

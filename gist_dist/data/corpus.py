@@ -27,9 +27,9 @@ import pyarrow as pa
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import sealed, unsealed
+from gist_dist.common.progress import Progress, Say, progress_of
 from gist_dist.common.redact import redact
 from gist_dist.common.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store, sha256
-from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.config import ROLES, RunConfig
 from gist_dist.data.merge import Damaged, merge
 from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PREPARING = "preparing data"
+"""The phase, as a terminal shows it."""
+SAY = progress_of(logger, PREPARING)
 FORMAT = 3
 KEY = re.compile(r"[0-9a-f]{20}")
 MERGED = re.compile(r"(part|index|rows)-")
@@ -208,7 +211,7 @@ def prepare(
     config: RunConfig,
     student: "Encoder",
     guide: "Encoder | None",
-    progress: Callable[[str], None] = logger.info,
+    progress: Say = SAY,
     run_parts: Runner | None = None,
 ) -> Corpus:
     """Read, check and tokenize all sources, or open what an equal recipe has prepared before.
@@ -233,7 +236,7 @@ def prepare(
                 student=student.tokenizer,
                 guide=guide.tokenizer if guide else None,
             )
-            _build(job, store, inputs, _Progress(len(job.parts), progress), run_parts or run_in_process)
+            _build(job, store, inputs, _Prepared(len(job.parts), progress), run_parts or run_in_process)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{config.corpora_dir}: the prepared corpus can't be written there: {reason}") from error
@@ -241,7 +244,7 @@ def prepare(
     with suppress(OSError):  # it may be another user's, or be read-only
         _remove_leftovers(store, corpus.manifest)
     for source, report in zip(sources, corpus.manifest["reports"], strict=True):
-        _tell_rows(source, SourceReport(**report), config, progress)
+        _tell_rows(source, SourceReport(**report), config)
     if config.batch.global_size > corpus.num_rows:
         raise UserError(
             f"batch.global_size = {config.batch.global_size}: the data has only {corpus.num_rows} usable rows; "
@@ -299,7 +302,7 @@ def _prompts(source: Source, student: "Encoder", guide: "Encoder | None") -> Pro
     return Prompts(**{role: (of_student[role], of_guide[role] if of_guide else "") for role in ROLES})
 
 
-def _build(job: Job, store: Store, inputs: dict[str, Any], progress: "_Progress", run_parts: Runner) -> None:
+def _build(job: Job, store: Store, inputs: dict[str, Any], progress: "_Prepared", run_parts: Runner) -> None:
     """All parts, then what they make together; the manifest last."""
     try:
         commits = {}
@@ -310,7 +313,7 @@ def _build(job: Job, store: Store, inputs: dict[str, Any], progress: "_Progress"
             progress.done(number, commit)
         ordered = [commits[number] for number in range(len(job.parts))]
         _refuse_empty(job, ordered)
-        progress.say("putting the parts together")
+        logger.info("putting the parts together")
         with store.scratch() as folder:
             manifest = merge(job, store, ordered, folder)
         tokens, files = [fingerprint or "" for fingerprint in inputs["tokens"]], manifest["files"]
@@ -339,44 +342,40 @@ def _refuse_empty(job: Job, commits: list[Commit]) -> None:
             raise UserError(f"{source.where}: {report.path} has no usable row; {report.complaint()}")
 
 
-def _tell_rows(source: Source, report: SourceReport, config: RunConfig, say: Callable[[str], None]) -> None:
+def _tell_rows(source: Source, report: SourceReport, config: RunConfig) -> None:
     for line in report.told():
-        say(line)
+        logger.info("%s", line)
     if not report.dropped:
         return
     if config.data.unusable_rows == "error":
         raise UserError(f"{source.where}: unusable {report.complaint()}; mend them or set data.unusable_rows=drop")
-    say(f"{report.name}: dropped {report.complaint()}")
+    logger.info("%s: dropped %s", report.name, report.complaint())
 
 
-class _Progress:
-    """A line every few seconds: rows, their rate, and how long the rest takes as far as parts tell."""
+class _Prepared:
+    """How many rows are prepared, and how long the rest takes as far as parts tell."""
 
-    def __init__(self, num_parts: int, say: Callable[[str], None]) -> None:
-        self.num_parts, self.say = num_parts, say
+    def __init__(self, num_parts: int, say: Say) -> None:
+        self.num_parts, self.num_done = num_parts, 0
         self.rows_of: dict[int, int] = {}
         """Rows read of each part that has begun."""
-        self.num_done = 0
-        self.started = self.shown = time.monotonic()
+        self.progress = Progress(num_parts, say)
 
     def tick(self, part: int, num_rows: int) -> None:
         self.rows_of[part] = num_rows
-        if time.monotonic() - self.shown > PROGRESS_SECONDS:
-            self.shown = time.monotonic()
-            self.say(self._line())
+        self.progress.reach(self.num_done, self.describe())
 
     def done(self, part: int, commit: Commit) -> None:
         self.num_done += 1
-        self.tick(part, commit.report["rows_read"])
-        if self.num_done == self.num_parts:
-            self.say(self._line())
+        self.rows_of[part] = commit.report["rows_read"]
+        self.progress.reach(self.num_done, self.describe(), now=self.num_done == self.num_parts)
 
-    def _line(self) -> str:
-        rows, seconds = sum(self.rows_of.values()), time.monotonic() - self.started
-        line = f"prepared {rows:,} rows in {seconds:.1f} s ({rows / max(seconds, 1e-9):,.0f} rows/s), "
-        line += f"{self.num_done} of {self.num_parts} parts"
-        left = self.num_parts - self.num_done
-        return f"{line}, about {left * seconds / self.num_done:,.0f} s left" if left and self.num_done else line
+    def describe(self) -> str:
+        rows, seconds = sum(self.rows_of.values()), self.progress.seconds
+        return (
+            f"prepared {rows:,} rows in {seconds:.1f} s ({rows / seconds:,.0f} rows/s), {self.num_done} of "
+            f"{self.num_parts} parts"
+        )
 
 
 def _remove_leftovers(store: Store, manifest: dict[str, Any]) -> None:

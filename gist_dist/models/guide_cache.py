@@ -14,7 +14,6 @@ import json
 import logging
 import re
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ import torch
 from jaxtyping import Float16, Int64, UInt64
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.progress import Progress, Say, progress_of
 from gist_dist.common.storage import Store, copies_folder, join, open_store, sha256
 from gist_dist.common.storage import local_copy as copy_to_node
-from gist_dist.common.text import PROGRESS_SECONDS
 from gist_dist.common.version import __version__
 from gist_dist.config import RunConfig
 from gist_dist.core.plan import cut_chunks
@@ -48,7 +47,7 @@ UNTOLD = ("_name_or_path", "transformers_version", "architectures", "dtype", "to
 """Of a transformers config: what says nothing about embeddings, or what the weights themselves tell."""
 
 Keys = UInt64[np.ndarray, "n 2"]
-Say = Callable[[str], None]
+SAY = progress_of(logger, "guide embeddings")
 
 
 class Damaged(Exception):
@@ -325,7 +324,7 @@ class Filled:
     """Of this guide's whole cache on disk."""
 
     @classmethod
-    def of(cls, cache: GuideCache, num_texts: int, work: Work, done: "Progress") -> "Filled":
+    def of(cls, cache: GuideCache, num_texts: int, work: Work, done: "Encoded") -> "Filled":
         tokens, seconds = sum(done.tokens_of), done.seconds
         return cls(cache.place, num_texts, work.num_inputs, work.num_missing, tokens, seconds, cache.num_bytes)
 
@@ -340,33 +339,28 @@ class Filled:
         ]
 
 
-class Progress:
-    """A line every few seconds: how much is encoded, how fast, and how long the rest takes."""
+class Encoded:
+    """How much of the work is encoded, and how fast."""
 
     def __init__(self, work: Work, lengths: np.ndarray, say: Say) -> None:
-        self.say, self.started = say, time.monotonic()
         self.tokens_of = [int(lengths[shard].sum(dtype=np.int64)) for shard in work.shards]
         self.texts_of = [len(shard) for shard in work.shards]
         self.texts = self.tokens = 0
-        self.shown = self.started
+        self.progress = Progress(sum(self.tokens_of), say)
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.started
+        return self.progress.seconds
 
     def add(self, shard: int) -> None:
         self.texts += self.texts_of[shard]
         self.tokens += self.tokens_of[shard]
-        if time.monotonic() - self.shown >= PROGRESS_SECONDS:
-            self.shown = time.monotonic()
-            self.say(self.line())
+        self.progress.reach(self.tokens, self.describe())
 
-    def line(self) -> str:
+    def describe(self) -> str:
         texts, tokens = self.texts / self.seconds, self.tokens / self.seconds
-        left = (sum(self.tokens_of) - self.tokens) / tokens
         return (
-            f"guide cache: {self.texts:,} of {sum(self.texts_of):,} texts, "
-            f"{texts:,.0f} texts/s, {tokens:,.0f} tokens/s, {left:,.0f} s left"
+            f"guide cache: {self.texts:,} of {sum(self.texts_of):,} texts, {texts:,.0f} texts/s, {tokens:,.0f} tokens/s"
         )
 
 
@@ -378,7 +372,7 @@ def fill(
     guide: Guide,
     chunk_tokens: int,
     share: tuple[int, int] = (0, 1),
-    progress: Say = logger.info,
+    progress: Say = SAY,
 ) -> Filled:
     """Encode in this process what the cache lacks of these inputs, and open it.
 
@@ -392,7 +386,7 @@ def fill(
     work = missing_inputs(cache, keys[own], lengths[own])
     if work.shards:
         cache.describe(guide)
-    done = Progress(work, lengths[own], progress)
+    done = Encoded(work, lengths[own], progress)
     for number, shard in enumerate(work.shards):
         cache.write(keys[own[shard]], encode_inputs(guide, tokens_of(own[shard]), chunk_tokens))
         done.add(number)

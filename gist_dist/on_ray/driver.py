@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.events import phase
 from gist_dist.common.signals import stop_requests
 from gist_dist.config import RunConfig
-from gist_dist.data.corpus import Corpus
+from gist_dist.data.corpus import PREPARING, Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.evaluation.evaluate import read_results
 from gist_dist.evaluation.tasks import check_tasks
@@ -102,7 +103,7 @@ class Prepared(NamedTuple):
 def prepare(config: RunConfig, clustered: bool = True) -> Prepared:
     """UserError for models or data that can't be had. clustered: with the clusters that data.mixing asks for, for which
     the guide encodes all texts."""
-    logger.info("loading models and preparing data")
+    logger.info("loading models and preparing data", extra=phase(PREPARING))
     student = Student(config.student)
     guide = Guide(config.guide_or_student) if config.has_guide_model else None
     _check_refresh(config, student, guide)

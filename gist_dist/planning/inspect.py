@@ -8,7 +8,6 @@ exp(s/τ) over the sum of all candidates': its share of the gradient that pushes
 # Axes:  b rows looked at   c candidates   n texts of the corpus   u texts of a sample   e width
 
 import logging
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +21,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.text import PROGRESS_SECONDS, one_line, percent, text_table
+from gist_dist.common.progress import Progress, progress_of
+from gist_dist.common.text import one_line, percent, text_table
 from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.core.candidate_table import CandidateTable
 from gist_dist.core.loss import BatchIndex, false_negatives
@@ -74,14 +74,12 @@ def inspect(
 ) -> Inspection:
     """Measure every source of a prepared corpus. guide: None in mode self. UserError without any guide."""
     check_inspect(config, max_rows)
-    started, shown, sources = time.monotonic(), time.monotonic(), list[dict[str, Any]]()
+    progress, sources = Progress(len(corpus.source_names), progress_of(logger)), list[dict[str, Any]]()
     frozen = Guide.copy_of(student, GuideConfig(model=config.student.model))
     names = corpus.source_names
     for number, name in enumerate(names):
         sources.append(_inspect_source(config, frozen, guide, corpus, number, max_rows))
-        if time.monotonic() - shown > PROGRESS_SECONDS:
-            shown = time.monotonic()
-            logger.info("inspected %d of %d sources, %s the last", number + 1, len(names), name)
+        progress.reach(number + 1, f"inspected {number + 1} of {len(names)} sources, {name} the last")
     recipe = {
         "name": config.name,
         "student": config.student.model,
@@ -94,7 +92,7 @@ def inspect(
     }
     for source in sources:
         source["advice"] = advise_source(source, recipe)
-    contents = {"recipe": recipe, "seconds": time.monotonic() - started, "sources": sources}
+    contents = {"recipe": recipe, "seconds": progress.seconds, "sources": sources}
     return Inspection(contents | {"advice": advise(sources, recipe)})
 
 

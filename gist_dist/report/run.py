@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.events import CHECKPOINT_PROBLEM, EVENTS, problems
 from gist_dist.common.plain_yaml import load_plain
 from gist_dist.common.redact import redact, redact_text
 from gist_dist.common.untrusted import check_plain, load_plain_json, problem
 from gist_dist.evaluation.evaluate import Score, read_results
 from gist_dist.report.shapes import DATA, EXAMPLES, FAILURES, RECIPE, STEP
-
-CHECKPOINT_COMPLAINTS = (" is damaged (", "the next checkpoint tries again")
-"""In lines of the log (checkpoint.py writes them)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Run:
     masked_examples: dict[str, Any] = field(default_factory=dict)
     """masked_examples.json; {} without a guide or before it was written."""
     logged: list[str] = field(default_factory=list)
-    """What the log of rank 0 says of checkpoints that were damaged or could not be written."""
+    """What rank 0 said of checkpoints that were damaged or could not be written: each once, the last few."""
 
     @property
     def name(self) -> str:
@@ -84,7 +82,7 @@ def read_run(run_dir: Path) -> Run:
         tasks=_task_rows(scores),
         failures=_read_failures(folder / "mteb" / "failures.json"),
         masked_examples=read_json(folder / "masked_examples.json", EXAMPLES),
-        logged=_read_logged(folder / "logs" / "train.log"),
+        logged=problems(folder / "logs" / EVENTS, CHECKPOINT_PROBLEM)[-5:],
     )
 
 
@@ -142,13 +140,6 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
         else:
             by_step[row["step"]] = {"sources": {}, "seconds": {}} | row
     return [by_step[step] for step in sorted(by_step)], unreadable
-
-
-def _read_logged(path: Path) -> list[str]:
-    """Each complaint once; the last few of them."""
-    text = _read_text(path, "replace") if path.is_file() else ""
-    complaints = [line for line in text.splitlines() if any(words in line for words in CHECKPOINT_COMPLAINTS)]
-    return list(dict.fromkeys(complaints))[-5:]
 
 
 def _task_rows(scores: dict[str, dict[str, Score]]) -> list[TaskRow]:

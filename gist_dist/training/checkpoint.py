@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.events import CHECKPOINT_PROBLEM
 from gist_dist.common.storage import SCRATCH_PREFIX, join, open_store, sha256
 from gist_dist.common.text import one_line
 from gist_dist.config import RunConfig
@@ -87,7 +88,12 @@ class CheckpointStore:
             try:
                 return self._read(step)
             except Damaged as damage:
-                logger.warning("checkpoint %s is damaged (%s); trying the one before", self.place_of(step), damage)
+                logger.warning(
+                    "checkpoint %s is damaged (%s); trying the one before",
+                    self.place_of(step),
+                    damage,
+                    extra=CHECKPOINT_PROBLEM,
+                )
                 self.damaged.add(step)
         return None
 
@@ -210,7 +216,9 @@ class CheckpointWriter:
                 f"the checkpoint of step {step} can't be written to {place}: {one_line(error)}; free space, lower "
                 "checkpoint.keep or set checkpoint.dir to another place"
             )
-            logger.warning("%s; training goes on, and the next checkpoint tries again", self.problem)
+            logger.warning(
+                "%s; training goes on, and the next checkpoint tries again", self.problem, extra=CHECKPOINT_PROBLEM
+            )
             return
         self.problem = None
         try:

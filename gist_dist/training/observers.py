@@ -1,12 +1,11 @@
 """What follows a run from outside: metrics.jsonl, a line in the log every few seconds, the trackers. Rank 0's."""
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.text import PROGRESS_SECONDS, clock
+from gist_dist.common.progress import Progress, progress_of
 from gist_dist.config import RunConfig
 from gist_dist.training.metrics import MetricsFile
 from gist_dist.training.trackers import Trackers
@@ -25,7 +24,7 @@ class Observers:
             self.metrics = MetricsFile(config.run_dir / "metrics.jsonl", resume_after=done)
         except OSError as error:
             raise UserError(f"{config.run_dir}/metrics.jsonl can't be written: {error}; free space") from error
-        self._progress = _Progress(num_steps, done)
+        self._progress = _StepProgress(num_steps, done)
         self._trackers = Trackers(config, done, must_open=done == 0)  # a week of training outlives a tracker's server
         self._other = other
 
@@ -42,25 +41,19 @@ class Observers:
         self.metrics.close()
 
 
-class _Progress:
-    """A plain line every few seconds: where the run is, how fast, and when it will be done."""
+class _StepProgress:
+    """Where the run is, how fast, and when it will be done; the first and the last step always say so."""
 
     def __init__(self, num_steps: int, done: int) -> None:
-        self.num_steps, self.first, self.started = num_steps, done, time.monotonic()
-        self.shown = 0.0
+        self.num_steps, self.first = num_steps, done
+        self.progress = Progress(num_steps - done, progress_of(logger))
 
     def show(self, line: dict[str, Any]) -> None:
-        now, step = time.monotonic(), line["step"]
-        if now - self.shown < PROGRESS_SECONDS and step not in (self.first + 1, self.num_steps):
-            return
-        self.shown = now
-        remaining = (now - self.started) / (step - self.first) * (self.num_steps - step)
-        logger.info(
-            "step %d/%d  loss %s  %.0f pairs/s  masked %.1f %%  %s left",
-            step,
-            self.num_steps,
-            "not finite" if line["loss"] is None else f"{line['loss']:.4f}",
-            line["pairs_per_second"],
-            100 * line["masked_fraction"],
-            clock(remaining),
+        step = line["step"]
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        speed, masked = line["pairs_per_second"], 100 * line["masked_fraction"]
+        self.progress.reach(
+            step - self.first,
+            f"step {step}/{self.num_steps}  loss {loss}  {speed:.0f} pairs/s  masked {masked:.1f} %",
+            now=step in (self.first + 1, self.num_steps),
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from gist_dist.common.errors import UserError
+from gist_dist.common.errors import UserError, in_phase
 from gist_dist.config import RunConfig
 from gist_dist.core.collectives import World, all_reduce_max, on_rank_0
 from gist_dist.core.optim import build_optimizer, learning_rate, set_learning_rate
@@ -126,7 +126,8 @@ def _train_steps(
                 write_masked_examples(config, corpus, batch, result.scored)
             result.scored = None  # its memory is the next step's
             for schedule in changing:  # before the checkpoint, which keeps what the next step is made with
-                schedule.renew(step)
+                with in_phase("guide"):
+                    schedule.renew(step)
             if changing:
                 upcoming = planner.submit(plan, step + 1, pace.speeds)
             is_due = step == sampler.num_steps or (every and step % every == 0)

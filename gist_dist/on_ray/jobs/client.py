@@ -95,7 +95,7 @@ def _explained(address: str) -> Iterator[None]:
             "and RAY_AUTH_TOKEN, or give --token-file FILE"
         ) from None
     except (ConnectionError, requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-        reason = "does not answer" if "imeout" in type(error).__name__ else "can't be reached"
+        reason = "does not answer" if isinstance(error, requests.exceptions.Timeout) else "can't be reached"
         raise UserError(
             f"{address} {reason}; see that the head of the cluster runs with its dashboard and that its port is open "
             "from here (ssh -L 8265:localhost:8265 HEAD, or kubectl port-forward)"

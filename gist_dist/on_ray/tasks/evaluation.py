@@ -25,9 +25,11 @@ from ray.exceptions import (
 )
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.events import phase
 from gist_dist.common.files import write_atomically
+from gist_dist.common.progress import Progress, progress_of
 from gist_dist.common.redact import redact_text
-from gist_dist.common.text import PROGRESS_SECONDS, clock, one_line, plural
+from gist_dist.common.text import one_line, plural
 from gist_dist.config import ClusterConfig, EvaluateConfig, RunConfig
 from gist_dist.evaluation.evaluate import (
     Score,
@@ -136,8 +138,9 @@ def _evaluate_all(
     if done:
         logger.info("%d of %d evaluations were done before", done, total)
     if unfinished:
-        logger.info("evaluating %s on %s", ", ".join(models), plural(len({job.task for job in unfinished}), "task"))
-    progress = _Progress(unfinished, evaluate)
+        told = ", ".join(models), plural(len({job.task for job in unfinished}), "task")
+        logger.info("evaluating %s on %s", *told, extra=phase("evaluating"))
+    progress = _Evaluated(unfinished, evaluate)
 
     failures: dict[str, dict[str, str]] = {}
     _keep(failures, folder)
@@ -153,29 +156,25 @@ def _evaluate_all(
                 failures.setdefault(label, {})[task] = outcome
                 _keep(failures, folder)
                 logger.warning("evaluation %d/%d failed: %s %s: %s", done, total, label, task, outcome)
-            if left := progress.after(job):
-                logger.info("%d of %d evaluations done, about %s left", done, total, left)
+            progress.add(job, done, total)
             if on_result:
                 on_result(label, task, outcome, done, total)
     return failures
 
 
-class _Progress:
-    """How long the evaluations will still take, by the amount of text that they read: told once a tenth of it is done,
-    not sooner than a few seconds after the last time, and not for the last one."""
+class _Evaluated:
+    """How much of the evaluations is done, by the amount of text that they read; said from a tenth of it on."""
 
     def __init__(self, jobs: list[Job], evaluate: EvaluateConfig) -> None:
-        self.waiting = {job: 1 + estimated_characters(job.task, evaluate.local_tasks) for job in jobs}
-        self.all = sum(self.waiting.values())
-        self.started = self.told = time.monotonic()
+        self.characters = {job: 1 + estimated_characters(job.task, evaluate.local_tasks) for job in jobs}
+        self.done = 0.0
+        self.progress = Progress(sum(self.characters.values()), progress_of(logger))
 
-    def after(self, job: Job) -> str | None:
-        del self.waiting[job]
-        left, now = sum(self.waiting.values()), time.monotonic()
-        if not left or self.all - left < self.all / 10 or now - self.told < PROGRESS_SECONDS:
-            return None
-        self.told = now
-        return clock((now - self.started) / (self.all - left) * left)
+    def add(self, job: Job, done: int, total: int) -> None:
+        """done: so many evaluations of the total."""
+        self.done += self.characters[job]
+        if self.progress.total / 10 <= self.done < self.progress.total:
+            self.progress.reach(self.done, f"{done} of {total} evaluations done")
 
 
 def _keep(failures: dict[str, dict[str, str]], folder: Path) -> None:

@@ -27,11 +27,13 @@ import yaml
 from ray.exceptions import RayError, RayTaskError
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.events import phase
 from gist_dist.common.files import write_atomically
+from gist_dist.common.progress import PROGRESS_SECONDS, Progress, progress_of
 from gist_dist.common.redact import redact
-from gist_dist.common.text import PROGRESS_SECONDS, one_line
+from gist_dist.common.text import one_line
 from gist_dist.config import Columns, GuideConfig, RunConfig, SourceConfig
-from gist_dist.data.corpus import Corpus
+from gist_dist.data.corpus import PREPARING, Corpus
 from gist_dist.data.kept_arrays import find_array, keep_array
 from gist_dist.data.mining import (
     MINED,
@@ -54,6 +56,8 @@ from gist_dist.on_ray.tasks.prepare import prepare_on_ray
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+MINING = "hard negatives"
+"""The phase, as a terminal shows it."""
 ROWS_PER_GROUP = 2**13
 SHORT_OF = {reason: f"because of {reason}" for reason in REASONS} | {"rank": "because no more are near enough in rank"}
 
@@ -92,7 +96,7 @@ def mine(config: RunConfig, options: MineOptions, output: Path) -> MiningReport:
     _refuse_other_folder(output)
     recipe = config.absolute_paths()
     config = _minable(_with_model(recipe, options))
-    logger.info("loading models and preparing data")
+    logger.info("loading models and preparing data", extra=phase(PREPARING))
     student, guide = Student(config.student), Guide(config.guide_or_student)
     with connected(config.cluster) as resources:
         corpus = prepare_on_ray(config, student, guide)
@@ -102,7 +106,6 @@ def mine(config: RunConfig, options: MineOptions, output: Path) -> MiningReport:
             return finished
         precompute(config, corpus, guide)
         search = plan_corpus_search(corpus, options)
-        logger.info("searching %s texts for %s anchors", f"{len(search.pool):,}", f"{len(search.anchors):,}")
         ready = time.monotonic()
         blocks = output / f".blocks-{_key(inputs)}"
         mined = list(_search(config, options, corpus, guide, search, blocks, resources))
@@ -214,6 +217,8 @@ def _search(
     resources: dict[str, float],
 ) -> Iterator[Mined]:
     """Every block of anchors as a Ray task. What is done is kept in `folder`, where the next call finds it."""
+    told = f"{len(search.pool):,}", f"{len(search.anchors):,}"
+    logger.info("searching %s texts for %s anchors", *told, extra=phase(MINING))
     check_resources(config.cluster.model_copy(update={"num_workers": 1}), resources)
     cpus, gpus = config.cluster.cpus_per_worker or 1.0, gpus_per_worker(config.cluster, resources)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=config.cluster.max_failures)(_mine_block)
@@ -225,16 +230,15 @@ def _search(
         for file, block in blocks.items()
         if not file.exists()
     }
-    num_before, started, shown = len(blocks) - len(running), time.monotonic(), time.monotonic()
+    num_before, progress = len(blocks) - len(running), Progress(len(running), progress_of(logger, MINING))
     try:
         while running:
             finished, _ = ray.wait(list(running), timeout=PROGRESS_SECONDS)
             for reference in finished:
                 _save(running.pop(reference), _result(reference))
-            if time.monotonic() - shown >= PROGRESS_SECONDS and len(running) < len(blocks) - num_before:
-                shown, done = time.monotonic(), len(blocks) - len(running)
-                left = (shown - started) / (done - num_before) * len(running)
-                logger.info("searched for %d of %d blocks of anchors, %.0f s left", done, len(blocks), left)
+            done = len(blocks) - len(running)
+            if done > num_before:
+                progress.reach(done - num_before, f"searched for {done} of {len(blocks)} blocks of anchors")
     finally:
         for reference in running:
             ray.cancel(reference, force=True)  # as in prepare

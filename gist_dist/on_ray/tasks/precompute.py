@@ -20,16 +20,18 @@ from ray.actor import ActorHandle
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.events import phase
+from gist_dist.common.progress import PROGRESS_SECONDS, Say
 from gist_dist.common.storage import join, open_store
-from gist_dist.common.text import PROGRESS_SECONDS, one_line
+from gist_dist.common.text import one_line, plural
 from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.data.corpus import Corpus, open_corpus
 from gist_dist.models.encoder import Guide
 from gist_dist.models.guide_cache import (
+    SAY,
+    Encoded,
     Filled,
     Keys,
-    Progress,
-    Say,
     encode_inputs,
     fill,
     guide_fingerprint,
@@ -85,7 +87,7 @@ class _GivenInputs:
         return np.concatenate(self.tokens(chosen)), self.lengths[chosen]
 
 
-def precompute(config: RunConfig, corpus: Corpus, guide: Guide, progress: Say = logger.info) -> Filled:
+def precompute(config: RunConfig, corpus: Corpus, guide: Guide, progress: Say = SAY) -> Filled:
     """Have the guide's embeddings of all texts of the corpus in the guide cache.
 
     Only what is missing is encoded, damaged shards again; after an interruption the next call does the rest.
@@ -96,7 +98,7 @@ def precompute(config: RunConfig, corpus: Corpus, guide: Guide, progress: Say = 
     return _precompute(config, inputs, guide, progress)
 
 
-def precompute_inputs(config: RunConfig, tokens: Tokens, guide: Guide, progress: Say = logger.info) -> Filled:
+def precompute_inputs(config: RunConfig, tokens: Tokens, guide: Guide, progress: Say = SAY) -> Filled:
     """The same for any inputs, as guide.tokenize gives them; the cache finds them by token_keys(tokens)."""
     return _precompute(config, _GivenInputs(*tokens, token_keys(tokens)), guide, progress)
 
@@ -105,7 +107,7 @@ def _precompute(config: RunConfig, inputs: _CorpusInputs | _GivenInputs, guide: 
     cache = open_guide_cache(config, guide, verify=True)
     keys, lengths = inputs.keys, inputs.lengths
     work = missing_inputs(cache, keys, lengths)
-    done = Progress(work, lengths, say)
+    done = Encoded(work, lengths, say)
     if not work.shards:
         return Filled.of(cache, len(keys), work, done)
     num_weights = sum(parameter.numel() for parameter in guide.model.parameters())
@@ -115,7 +117,8 @@ def _precompute(config: RunConfig, inputs: _CorpusInputs | _GivenInputs, guide: 
     with connected(config.cluster) as resources:
         needs = _needs(config, resources)
         num_actors = min(len(work.shards), _room(needs, resources, guide_bytes=4 * num_weights))
-        say(f"guide cache: {work.num_missing:,} texts to encode, on {num_actors} actor{'s' * (num_actors > 1)}")
+        told = f"{work.num_missing:,}", plural(num_actors, "actor")
+        logger.info("guide cache: %s texts to encode, on %s", *told, extra=phase("guide embeddings"))
         remote: Any = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=0)(_Actor)
 
         def start() -> ActorHandle[Any]:
@@ -125,7 +128,7 @@ def _precompute(config: RunConfig, inputs: _CorpusInputs | _GivenInputs, guide: 
             shard = work.shards[number]
             return actor.encode.remote(keys[shard], *inputs.for_actor(shard))
 
-        done = Progress(work, lengths, say)  # from here: not the seconds that Ray takes to start
+        done = Encoded(work, lengths, say)  # from here: not the seconds that Ray takes to start
         _run_pool([start() for _ in range(num_actors)], start, encode, config.cluster.max_failures, done)
     cache.refresh()
     return Filled.of(cache, len(keys), work, done)
@@ -149,7 +152,7 @@ def _run_pool(
     start: Callable[[], ActorHandle[Any]],
     encode: Callable[[ActorHandle[Any], int], ObjectRef[Any]],
     max_failures: int,
-    done: Progress,
+    done: Encoded,
 ) -> None:
     """Every shard to the next actor that is free. A lost actor is replaced, and its shard is the next one again.
 

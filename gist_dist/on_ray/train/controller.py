@@ -10,17 +10,17 @@ from typing import Any
 
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import ResizingState, RunningState
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
-from gist_dist.common.redact import redact_text
+from gist_dist.common.events import EventFormatter
 from gist_dist.on_ray.train.failures import Failure, classify, last_line, steps_done
-from gist_dist.on_ray.train.messages import READY, RESIZE, STOP, post, posted, withdraw
+from gist_dist.on_ray.train.messages import CONTROLLER_EVENTS, READY, RESIZE, STOP, post, posted, withdraw
 
 logger = logging.getLogger(__name__)
 
-LOG_NAME = "controller.log"
 RESIZE_PATIENCE_S = 300.0
 
 
@@ -85,8 +85,8 @@ class CheckpointBeforeResize(ControllerCallback):
         self.run_dir, self.are_running, self.said = run_dir, False, said
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        self.are_running = type(previous_state).__name__ == "ResizingState"
-        if type(current_state).__name__ == "RunningState":
+        self.are_running = isinstance(previous_state, ResizingState)
+        if isinstance(current_state, RunningState):
             self.said = 0
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
@@ -107,6 +107,7 @@ class CheckpointBeforeResize(ControllerCallback):
 
 
 def say(run_dir: Path, text: str) -> None:
-    """A line that the driver repeats. The controller's own logging goes to Ray's files."""
-    with open(run_dir / "logs" / LOG_NAME, "a", encoding="utf-8") as file:
-        file.write(redact_text(text) + "\n")
+    """An event that the driver repeats."""
+    record = logger.makeRecord(logger.name, logging.INFO, "", 0, text, (), None)
+    with open(run_dir / "logs" / CONTROLLER_EVENTS, "a", encoding="utf-8") as file:
+        file.write(EventFormatter().format(record) + "\n")

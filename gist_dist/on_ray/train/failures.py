@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+
 from gist_dist.common.errors import UserError
 from gist_dist.config import BatchConfig
 
@@ -22,9 +24,14 @@ KILLED = re.compile(r"SIGKILL|connection error code 2|killed by|End of file", re
 PEER = re.compile(
     r"closed by peer|Connection reset|Broken pipe|Socket closed|Timed out waiting|NCCL|gloo|TCPStore", re.I
 )
-PHASES = (("loss", "scoring the batch"), ("optim", "the optimizer's step"), ("gradcache", "encoding"),
-          ("guide", "the guide"), ("encoder", "encoding"))  # fmt: skip
-"""Parts of file names of the frames of a traceback, looked for from the innermost one."""
+PHASES = {
+    "loss": "scoring the batch",
+    "guide": "the guide",
+    "encode": "encoding",
+    "backward": "encoding",
+    "optimizer": "the optimizer's step",
+}
+"""What phases of a step are called in a sentence. Of the others no budget of the recipe decides the memory."""
 
 
 class OutOfMemory(Exception):
@@ -37,18 +44,22 @@ class Failure:
     kind: Kind
     text: str
     """One line."""
+    has_remedy: bool = False
+    """The text is a sentence of ours that tells the user what to do."""
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception of the train function says so: CUDA's, Python's, numpy's, or torch's on a CPU."""
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def memory_sentence(batch: BatchConfig, phase: str | None = None, what: str = "a worker ran out of memory") -> str:
-    """What happened, which budgets to lower, and what they are now."""
-    during = f" in {phase}" if phase else ""
+    """What happened, which budgets to lower, and what they are now. phase: of a step, as the clock names it."""
+    during = f" in {PHASES[phase]}" if phase in PHASES else ""
     return f"{what}{during}; {memory_remedy(batch, phase)}"
 
 
@@ -59,29 +70,17 @@ def memory_remedy(batch: BatchConfig, phase: str | None = None) -> str:
         f"batch.activation_gb (now {batch.activation_gb:g})",
         f"batch.loss_gb (now {batch.loss_gb:g})",
     )
-    if phase == "scoring the batch":
+    if phase == "loss":
         remedy = f"lower {loss}, then {activations}"
-    elif phase == "the guide":
+    elif phase == "guide":
         remedy = f"lower {tokens}, or set guide.mode=cache"
-    elif phase == "the optimizer's step":
+    elif phase == "optimizer":
         remedy = f"lower {activations}; the weights with their optimizer state take the rest"
-    elif phase == "encoding":
+    elif phase in ("encode", "backward"):
         remedy = f"lower {activations}, then {tokens}"
     else:
         remedy = f"lower {activations}, then {tokens} and {loss}"
     return f"{remedy}: results stay the same, and the same command resumes"
-
-
-def phase_of(error: BaseException) -> str | None:
-    """Which part of a step an exception comes from, by the innermost frame of ours."""
-    names = []
-    trace = error.__traceback__
-    while trace:
-        path = Path(trace.tb_frame.f_code.co_filename)
-        if "gist_dist" in path.parts or path.parent.name == "optim":
-            names.append("optim" if path.parent.name == "optim" else path.stem)
-        trace = trace.tb_next
-    return next((phase for name in reversed(names) for part, phase in PHASES if part in name), None)
 
 
 def classify(failures: Mapping[int, BaseException]) -> list[Failure]:
@@ -93,15 +92,15 @@ def classify(failures: Mapping[int, BaseException]) -> list[Failure]:
 
 def _classified(rank: int, error: BaseException) -> Failure:
     text = last_line(str(error)) or type(error).__name__
-    names = {type(cause).__name__ for cause in _causes(error)}
+    causes = list(_causes(error))
     full = str(error)
     if isinstance(error, UserError):
-        return Failure(rank, "user", str(error))
+        return Failure(rank, "user", str(error), has_remedy=True)
     if isinstance(error, OutOfMemory):
-        return Failure(rank, "memory", str(error))
-    if "WorkerHealthCheckTimeoutError" in names:
+        return Failure(rank, "memory", str(error), has_remedy=True)
+    if any(isinstance(cause, WorkerHealthCheckTimeoutError) for cause in causes):
         return Failure(rank, "hung", f"worker {rank} did not answer")
-    if "WorkerHealthCheckFailedError" in names:
+    if any(isinstance(cause, WorkerHealthCheckFailedError) for cause in causes):
         if LOW_MEMORY.search(full):
             return Failure(rank, "memory", full)
         if KILLED.search(full):

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.events import EVENTS, TRAINING, log_event, phase, read_events
 from gist_dist.common.signals import StopRequests
 from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.on_ray.cluster.connect import ClusterWatch, address_of, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.train.failures import classify, last_line, memory_remedy, memory_sentence
-from gist_dist.on_ray.train.messages import READY, RESIZE, STOP, post, withdraw
+from gist_dist.on_ray.train.messages import CONTROLLER_EVENTS, READY, RESIZE, STOP, post, withdraw
 from gist_dist.on_ray.train.worker import LOG_NAME, train_worker
 
 logger = logging.getLogger(__name__)
@@ -42,20 +43,21 @@ def fit(
     cpus, gpus = cpus_per_worker(cluster, resources), gpus_per_worker(cluster, resources)
     withdraw(run_dir, STOP, RESIZE, READY)
     (run_dir / "logs").mkdir(exist_ok=True)
-    logs = [run_dir / "logs" / LOG_NAME, run_dir / "logs" / "controller.log"]
+    logs = run_dir / "logs"
     bounds = f"{cluster.min_workers} to " * (cluster.min_workers < cluster.max_workers)
-    logger.info("starting %s%s on Ray", bounds, plural(cluster.max_workers, "worker"))
+    told = bounds, plural(cluster.max_workers, "worker")
+    logger.info("starting %s%s on Ray", *told, extra=phase(TRAINING))
     watch = ClusterWatch(cluster, cpus, gpus)
     training = _Thread(lambda: _trainer(config, payload, cpus, gpus).fit())  # the constructor asks the head as well
     try:
-        with _following(logs), watch:
+        with _following(logs / EVENTS, logs / CONTROLLER_EVENTS), watch:
             training.start()
             _attend(training, requests, watch, run_dir, check)
         return str(training.result().return_value)
     except UserError:
         raise
     except Exception as error:
-        sentence = watch.silence() or _explain(error, config, logs[0])
+        sentence = watch.silence() or _explain(error, config, logs / LOG_NAME)
         if requests.requested:  # SIGTERM to all processes of a command ends a local Ray as well
             logger.warning("stopped without another checkpoint: %s", sentence)
             raise KeyboardInterrupt from error
@@ -131,6 +133,8 @@ def _with_our_policies(config: RunConfig, is_local: bool) -> tuple[Any, list[Any
     from ray.train.torch import TorchTrainer
 
     try:
+        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
         from gist_dist.on_ray.train.controller import CheckpointBeforeResize, RetryPolicy
     except ImportError:
         return TorchTrainer, []
@@ -144,8 +148,8 @@ def _with_our_policies(config: RunConfig, is_local: bool) -> tuple[Any, list[Any
 
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-            unwanted = "PlacementGroupCleanerCallback" if is_local else None
-            return [callback for callback in callbacks if type(callback).__name__ != unwanted]
+            unwanted = (PlacementGroupCleanerCallback,) if is_local else ()
+            return [callback for callback in callbacks if not isinstance(callback, unwanted)]
 
     return OurTorchTrainer, [CheckpointBeforeResize(config.run_dir, config.cluster.max_workers)]
 
@@ -181,11 +185,10 @@ def _explain(error: Exception, config: RunConfig, log: Path) -> str:
     failures = classify(getattr(error, "worker_failures", {}))
     if failures:
         first = failures[0]
-        if first.kind == "user":
+        if first.has_remedy:
             return first.text
         if first.kind == "memory":
-            is_ours = first.text.endswith("resumes")
-            return first.text if is_ours else memory_sentence(config.batch, what="a node ran out of memory")
+            return memory_sentence(config.batch, what="a node ran out of memory")
         if first.kind == "killed":
             remedy = f"if its node ran out of memory, {memory_remedy(config.batch)}"
             return f"training stopped: {first.text}, too often to go on; {remedy} (all of it in {log})"
@@ -194,10 +197,10 @@ def _explain(error: Exception, config: RunConfig, log: Path) -> str:
 
 
 @contextmanager
-def _following(logs: list[Path]) -> Iterator[None]:
-    """Repeat what is added to the logs, while the block runs."""
+def _following(*files: Path) -> Iterator[None]:
+    """Repeat the events that are added to these files, while the block runs."""
     ended = threading.Event()
-    positions = {log: log.stat().st_size if log.exists() else 0 for log in logs}
+    positions = {file: file.stat().st_size if file.exists() else 0 for file in files}
     follower = threading.Thread(target=_follow, args=(positions, ended), daemon=True)
     follower.start()
     try:
@@ -210,13 +213,14 @@ def _following(logs: list[Path]) -> Iterator[None]:
 def _follow(positions: dict[Path, int], ended: threading.Event) -> None:
     while True:
         last_look = ended.wait(0.5)
-        for log, position in positions.items():
-            if not log.exists():
+        for file, position in positions.items():
+            if not file.exists():
                 continue
-            with open(log, encoding="utf-8", errors="replace") as file:
-                file.seek(position)
-                while (line := file.readline()).endswith("\n"):
-                    positions[log] = file.tell()
-                    logger.info("%s", line.rstrip("\n"))
+            with open(file, encoding="utf-8", errors="replace") as stream:
+                stream.seek(position)
+                while (line := stream.readline()).endswith("\n"):
+                    positions[file] = stream.tell()
+                    for event in read_events([line]):
+                        log_event(logger, event)
         if last_look:
             return

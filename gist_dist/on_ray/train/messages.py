@@ -13,6 +13,8 @@ RESIZE = "RESIZE"
 """The same, and wait to be ended: the controller is about to start another number of workers."""
 READY = "RESIZE.ready"
 """The answer to it: the checkpoint is written."""
+CONTROLLER_EVENTS = "controller.jsonl"
+"""In logs/: what the controller says, in the form of gist_dist.common.events. Its own logging goes to Ray's files."""
 
 
 def post(run_dir: Path, name: str) -> None:

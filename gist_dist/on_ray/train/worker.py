@@ -7,10 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gist_dist.common.errors import phase_of
+from gist_dist.common.events import EVENTS, EventFormatter
 from gist_dist.common.redact import Redacting
 from gist_dist.common.text import plural
 from gist_dist.models.cpu_memory import keep_freed_memory
-from gist_dist.on_ray.train.failures import OutOfMemory, memory_sentence, out_of_memory, phase_of
+from gist_dist.on_ray.train.failures import OutOfMemory, memory_sentence, out_of_memory
 from gist_dist.on_ray.train.messages import READY, RESIZE, STOP, post, posted
 from gist_dist.on_ray.train.prometheus import OperatorMetrics
 from gist_dist.runs.lock import other_holder
@@ -149,13 +151,17 @@ def _prepare_device(payload: dict[str, Any], deterministic: bool) -> "torch.devi
 
 
 def _log_to_file(run_dir: Path, rank: int) -> None:
-    """Rank 0 writes the log that the driver follows; the others one each."""
+    """Every rank has a log for people; rank 0 also writes the events that the driver follows and the report reads."""
     folder = run_dir / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / (LOG_NAME if rank == 0 else f"worker-{rank}.log"))
-    handler.setFormatter(Redacting("%(message)s" if rank == 0 else "%(asctime)s %(levelname)s %(message)s"))
+    plain = Redacting("%(message)s" if rank == 0 else "%(asctime)s %(levelname)s %(message)s")
+    formatters = {LOG_NAME if rank == 0 else f"worker-{rank}.log": plain} | ({} if rank else {EVENTS: EventFormatter()})
     logger = logging.getLogger("gist_dist")
-    logger.handlers = [handler]
+    logger.handlers = []
+    for name, formatter in formatters.items():
+        handler = logging.FileHandler(folder / name)
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.debug("rank %d is process %d", rank, os.getpid())
