@@ -27,9 +27,10 @@ from sides import SHAPES, Ours, Setting, Shape, Theirs, load_rows, pair_batch, r
 
 from gist_dist.config import LossConfig
 from gist_dist.core import loss as loss_module
+from gist_dist.core.candidates import row_blocks
 from gist_dist.core.device import prepare_cuda
 from gist_dist.core.gradcache import ActivationBudget
-from gist_dist.core.loss import gist_loss, row_blocks
+from gist_dist.core.loss import gist_loss
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16, by what the device's name contains."""

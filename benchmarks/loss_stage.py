@@ -34,8 +34,9 @@ from harness import (
 from sides import SHAPES, pair_batch, random_encoder, their_loss
 
 from gist_dist.config import BatchConfig, LossConfig
+from gist_dist.core.candidates import row_blocks
 from gist_dist.core.collectives import World
-from gist_dist.core.loss import gist_loss, row_blocks
+from gist_dist.core.loss import gist_loss
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ import torch
 from harness import ROOT
 from torch import Tensor, nn
 
+from gist_dist.core.candidates import BatchIndex
 from gist_dist.core.collectives import World, barrier
-from gist_dist.core.loss import BatchIndex
 from gist_dist.core.optim import build_optimizer, clip_gradients
 from gist_dist.core.plan import BatchPlan, plan_batch
 from gist_dist.core.step import StepResult, Trainee, train_step

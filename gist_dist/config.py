@@ -354,6 +354,17 @@ class BatchConfig(Section):
     """Of student embeddings sent between workers; the loss then sees them rounded, with one worker too."""
 
 
+class Promotion(Section):
+    """Which false negatives become positives of the row, where loss.false_negatives is positive."""
+
+    margin: float = 0.0
+    """As loss.margin, for joining the positives; a negative one asks for candidates that are closer still."""
+    most: int = Field(default=1, ge=1, le=32)
+    """Candidates that join a row, the closest to the guide first; the others are dropped."""
+    weight: Literal["equal", "guide"] = "equal"
+    """equal: each counts as much as the row's own positive. guide: each by its guide score, the own positive too."""
+
+
 class LossConfig(Section):
     temperature: float = Field(default=0.05, gt=0)
     """Divides every similarity; 0.01 in the paper."""
@@ -365,6 +376,24 @@ class LossConfig(Section):
     """Other anchors are candidates of an anchor."""
     contrast_positives: bool = True
     """Other positives are candidates of a positive."""
+    in_batch: bool = True
+    """Texts of other rows are candidates. false: only hard negatives are."""
+    negatives: Literal["all", "own"] = "all"
+    """Hard negatives of all rows are candidates of every row, or only its own."""
+    guard_negatives: bool = False
+    """A row's own hard negatives stay, whatever the guide says: for negatives that people have checked."""
+    positives: Literal["mean", "sum"] = "mean"
+    """Of a row with several positives. mean: the mean of each one's loss against the negatives. sum: the negative log
+    of their joint share of the softmax, which one near positive can satisfy."""
+    false_negatives: Literal["drop", "positive"] = "drop"
+    """What becomes of a candidate above the guide's threshold: it leaves the softmax, or joins the row's positives."""
+    promotion: Promotion = Promotion()
+
+    @model_validator(mode="after")
+    def _in_use(self) -> "LossConfig":
+        if self.promotion != Promotion() and self.false_negatives != "positive":
+            raise ValueError("promotion is set and false_negatives is drop; set false_negatives: positive")
+        return self
 
 
 class OptimConfig(Section):

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gist_dist.config import LossConfig
+from gist_dist.core.candidates import BatchIndex, row_blocks
 from gist_dist.core.collectives import World, all_gather_rows, reduce_scatter_rows
 from gist_dist.core.gradcache import ActivationBudget, first_pass, second_pass
-from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import Chunk, cut_chunks
 from gist_dist.models.cpu_dropout import FastDropout
 from gist_dist.models.encoder import pad

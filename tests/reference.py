@@ -3,8 +3,9 @@
 Slow on purpose; the package never imports it.
 """
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,46 +24,99 @@ class Row:
     anchor: int
     positive: int
     negatives: tuple[int, ...] = ()
+    further: tuple[int, ...] = ()
+    """Positives beside the first."""
 
 
 def reference_loss(
-    rows: Sequence[Row], student: Tensor, guide: Tensor | None, identity: Sequence[int], config: LossConfig
+    rows: Sequence[Row],
+    student: Tensor,
+    guide: Tensor | None,
+    identity: Sequence[int],
+    config: LossConfig | Sequence[LossConfig],
+    known: Collection[tuple[int, int]] = (),
+    groups: Sequence[int] | None = None,
 ) -> tuple[Tensor, Counter]:
     """Mean loss of the rows, to be differentiated, and what was counted on the way.
 
     student, guide: unit vectors, one for each text. identity: equal for texts of the same student token ids.
+    config: of all rows, or of each. known: (row, text) that is no negative of the row, as are all texts of its
+    anchor's group.
     """
     sigma = None if guide is None else (guide @ guide.T).tolist()
-    hard_negatives = [text for row in rows for text in row.negatives]
+    configs = [config] * len(rows) if isinstance(config, LossConfig) else config
     losses, counts = [], Counter()
     for i, row in enumerate(rows):
-        a, p = row.anchor, row.positive
-        candidates = [("ap", a, other.positive, j == i) for j, other in enumerate(rows)]
-        if config.contrast_anchors:
-            candidates += [("aa", a, other.anchor, j == i) for j, other in enumerate(rows)]
-        if config.contrast_positives:
-            candidates += [("pp", p, other.positive, j == i) for j, other in enumerate(rows)]
-        candidates += [("an", a, text, False) for text in hard_negatives]
+        a, p, config = row.anchor, row.positive, configs[i]
+        candidates = []
+        for j, other in enumerate(rows):
+            own = j == i
+            positives = [other.positive, *other.further]
+            if config.in_batch:
+                candidates += [("ap", a, text, own) for text in positives]
+            if config.in_batch and config.contrast_anchors:
+                candidates += [("aa", a, other.anchor, own)]
+            if config.in_batch and config.contrast_positives:
+                candidates += [("pp", p, text, own) for text in positives]
+            if config.negatives == "all" or own:
+                candidates += [("an", a, text, own) for text in other.negatives]
 
         if sigma is not None:
             shift = abs(sigma[a][p]) if config.margin_kind == "relative" else 1.0
             threshold = sigma[a][p] - shift * config.margin
+            promoted_above = max(threshold, sigma[a][p] - shift * config.promotion.margin)
             counts["guide_positive_similarity"] += sigma[a][p]
-        kept = [(a, p)]
-        for part, query, text, is_own_row in candidates:
-            if is_own_row:  # the positive itself, which is kept already, or an anchor or positive with itself
+        kept, above = [], []
+        weight = Counter()  # of exp(s / τ), by what became of the candidate, and by part
+        for part, query, text, is_own in candidates:
+            if is_own and part != "an":  # a positive, which is kept already, or an anchor or positive with itself
                 continue
+            mass = math.exp((student[query] @ student[text]).item() / config.temperature)
+            weight["all", "all"] += mass
+            weight["all", part] += mass
+            in_group = groups is not None and groups[text] == groups[a]
             if identity[text] in (identity[a], identity[p]):
                 counts["identical_dropped"] += 1
+                weight["identical", "all"] += mass
+                continue
+            if in_group or (i, text) in known:
+                counts["known_dropped"] += 1
+                weight["known", "all"] += mass
                 continue
             counts[f"candidates_{part}"] += 1
-            if sigma is not None and sigma[query][text] > threshold + TIE:
+            guarded = config.guard_negatives and part == "an" and is_own
+            if sigma is not None and sigma[query][text] > threshold + TIE and not guarded:
                 counts[f"masked_{part}"] += 1
+                weight["masked", "all"] += mass
+                weight["masked", part] += mass
+                if config.false_negatives == "positive" and sigma[query][text] > promoted_above + TIE:
+                    above.append((sigma[query][text], query, text))
                 continue
             kept.append((query, text))
-        counts["rows_without_negatives"] += len(kept) == 1
-        queries, texts = zip(*kept, strict=True)
-        s = (student[list(queries)] * student[list(texts)]).sum(dim=1)
+        for rule in ("masked", "identical", "known"):
+            counts[f"{rule}_weight"] += weight[rule, "all"] / (weight["all", "all"] or 1)
+        for part in ("ap", "aa", "pp", "an"):
+            counts[f"masked_weight_{part}"] += weight["masked", part] / (weight["all", part] or 1)
+        counts["rows_without_negatives"] += not kept
+
+        joining = sorted(above, reverse=True)[: config.promotion.most]
+        counts["promoted"] += len(joining)
+        pairs = [(a, p), *((a, text) for text in row.further), *((query, text) for _, query, text in joining)]
+        weights = torch.ones(len(pairs), dtype=student.dtype)
+        if config.false_negatives == "positive" and config.promotion.weight == "guide" and sigma is not None:
+            own = max(sigma[a][p], 1e-6)
+            weights = torch.tensor(
+                [own] * (1 + len(row.further)) + [max(g, 1e-6) for g, *_ in joining], dtype=student.dtype
+            )
+        weights = weights / weights.sum()
+        s = torch.stack([student[x] @ student[y] for x, y in pairs])
         counts["positive_similarity"] += s[0].item()
-        losses.append(torch.logsumexp(s / config.temperature, dim=0) - s[0] / config.temperature)
+        logits = s / config.temperature
+        negatives = [(student[x] @ student[y] / config.temperature).reshape(1) for x, y in kept]
+        if config.positives == "mean":
+            with_each = torch.stack([torch.cat([logit.reshape(1), *negatives]).logsumexp(dim=0) for logit in logits])
+            losses.append((weights * (with_each - logits)).sum())
+        else:
+            of_all = (weights.log() + logits).logsumexp(dim=0)
+            losses.append(torch.cat([of_all.reshape(1), *negatives]).logsumexp(dim=0) - of_all)
     return torch.stack(losses).mean(), counts

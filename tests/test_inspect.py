@@ -10,7 +10,8 @@ import torch
 
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
-from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.core.candidates import BatchIndex, row_blocks
+from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import plan_batch
 from gist_dist.models.encoder import Guide
 from gist_dist.models.guide_cache import encode_inputs

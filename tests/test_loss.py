@@ -8,7 +8,8 @@ from reference import Row, reference_loss
 from torch.nn import functional as F
 
 from gist_dist.config import LossConfig
-from gist_dist.core.loss import PARTS, TIE, BatchIndex, LossShare, gist_loss, row_blocks
+from gist_dist.core.candidates import PARTS, TIE, BatchIndex, LossShare, row_blocks
+from gist_dist.core.loss import gist_loss
 
 MARGINS = [("absolute", 0.0), ("absolute", 0.4), ("absolute", -0.1), ("relative", 0.3), ("relative", -0.2)]
 FLAGS = list(itertools.product((True, False), repeat=2))
@@ -108,7 +109,9 @@ def config_of(margin=("absolute", 0.0), flags=(True, True), temperature=0.1) -> 
 
 def assert_equal_counts(share: LossShare, expected: dict[str, float], config: LossConfig, with_negatives: bool) -> None:
     used = {"ap": True, "aa": config.contrast_anchors, "pp": config.contrast_positives, "an": with_negatives}
-    assert {name.split("_")[1] for name in share.counts if name.startswith("masked_")} == {p for p in PARTS if used[p]}
+    for count in ("candidates_", "masked_weight_"):
+        counted = {name.removeprefix(count) for name in share.counts if name.startswith(count)}
+        assert counted == {part for part in PARTS if used[part]}
     for name, value in share.counts.items():
         assert value.item() == pytest.approx(expected[name], rel=1e-12, abs=1e-12), name
 

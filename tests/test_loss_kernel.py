@@ -15,7 +15,8 @@ from test_loss import FLAGS, MARGINS, Case, blocks_of, config_of
 from torch.nn import functional as F
 
 from gist_dist.config import LossConfig
-from gist_dist.core.loss import BatchIndex, LossShare, gist_loss
+from gist_dist.core.candidates import BatchIndex, LossShare
+from gist_dist.core.loss import gist_loss
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from gist_dist.config import LossConfig
 from gist_dist.core.candidate_table import mean_guide_similarity
+from gist_dist.core.candidates import BatchIndex, row_blocks
 from gist_dist.core.collectives import World
-from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import plan_batch
 from gist_dist.core.step import Scored
 from gist_dist.models.encoder import Guide, Student

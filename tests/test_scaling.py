@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.config import LossConfig
-from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.core.candidates import BatchIndex, row_blocks
+from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import cut_chunks, deal, plan_batch
 from gist_dist.models.encoder import Student
 from gist_dist.planning.cost_model import GPUS, Workload, busiest_rows, check_gpus, estimate, estimate_lines, workload

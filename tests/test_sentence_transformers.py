@@ -12,8 +12,9 @@ from tiny import double, one_step, prepared, recipe, run_group, save_tiny_model,
 from torch.nn import functional as F
 
 from gist_dist.config import LossConfig, StudentConfig
+from gist_dist.core.candidates import BatchIndex
 from gist_dist.core.collectives import World
-from gist_dist.core.loss import BatchIndex, gist_loss
+from gist_dist.core.loss import gist_loss
 from gist_dist.data.corpus import Corpus
 from gist_dist.models.encoder import Student
 from gist_dist.recipe import parse_config

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gist_dist.config import LossConfig
-from gist_dist.core.loss import BatchIndex, false_negatives
+from gist_dist.core.candidates import BatchIndex, false_negatives
 
 
 def mean_guide_similarity(batch: BatchIndex, guide: Float[Tensor, "u e"]) -> float:

@@ -1,94 +1,33 @@
 """The guided contrastive loss of a global batch, and its gradient, in row blocks.
 
 GISTEmbed (Solatorio 2024, arXiv 2402.16829): candidates that the guide finds closer to the anchor than the row's own
-positive are false negatives and leave the softmax. Without a guide it is InfoNCE. The gradient is written out instead
-of left to autograd: one block's scores are the only rows × candidates memory there ever is, reused in place.
+positive are false negatives and leave the softmax. Without a guide it is InfoNCE. The rules are in candidates.py.
 
-A row's own positive is identical to itself, so that the rule for identical texts takes it, like the row's own anchor
-and positive in aa and pp, out of the candidates; with s⁺ its score, the loss is log(1 + Σ exp(s/τ) / exp(s⁺/τ)).
+The gradient is written out instead of left to autograd: one block's scores are the only rows × candidates memory there
+ever is, reused in place. With N the sum of exp(s/τ) over a row's negatives, and s⁺ the cosine of a positive of weight w
+(most rows have one; weights add up to 1), a row's loss and its slopes by the cosines are
+
+    mean   loss   Σ w log(1 + N / exp(s⁺/τ))       sum   loss   log(1 + N / P),  P = Σ w exp(s⁺/τ)
+           by s⁺  −w N / (exp(s⁺/τ) + N) / τ             by s⁺  −w exp(s⁺/τ) / P · N / (P + N) / τ
+           by s   exp(s/τ) Σ w / (exp(s⁺/τ) + N) / τ     by s   exp(s/τ) / (P + N) / τ
+
+and a cosine passes its slope on to each of its two embeddings, times the other one. Every slope carries 1/g.
 """
 
-# Axes:  g rows of the global batch   b rows of one block   u unique texts   n hard negatives of all rows
-#        c candidates of one part     d student width       e guide width
+# Axes:  g rows of the global batch   b rows of one block   u unique texts    t texts of the table
+#        c candidates of one piece    q positives of a row, at most           d student width   e guide width
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gist_dist.config import LossConfig
-
-PARTS = ("ap", "aa", "pp", "an")
-"""The blocks of similarities: anchor-positive, anchor-anchor, positive-positive, anchor-negative."""
-
-TIE = 2e-6  # rounding and exact ties never count as closer: scores come from fp32 products of fp16-rounded embeddings
-SLICES = {"cpu": 1024, "cuda": 1 << 20}
-"""Candidates whose guide scores, masks and gradients are worked on at a time, by device: a CPU's stay in its cache;
-a GPU is given all at once, since it would wait for the launches."""
-LEAST_ROWS = {"cpu": 64, "cuda": 1024}
-"""Of a block, where the budget allows: smaller ones leave a GPU waiting for launches."""
-
-
-@dataclass(frozen=True)
-class BatchIndex:
-    """The rows of a global batch, as positions in its unique texts."""
-
-    anchors: Int[Tensor, "g"]
-    positives: Int[Tensor, "g"]
-    negatives: Int[Tensor, "n"]
-    """Every hard negative of every row: each is a candidate of all rows."""
-    identity: Int[Tensor, "u"]
-    """Equal for texts that the student can't tell apart: the same token ids."""
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.anchors)
-
-    def to(self, device: torch.device) -> "BatchIndex":
-        move = (self.anchors, self.positives, self.negatives, self.identity)
-        return BatchIndex(*(tensor.to(device, non_blocking=True) for tensor in move))
-
-    def parts(self, config: LossConfig) -> dict[str, tuple[Tensor, Tensor]]:
-        """For each part in use: the texts that query (one a row) and the texts that are candidates."""
-        parts = {"ap": (self.anchors, self.positives)}
-        if config.contrast_anchors:
-            parts["aa"] = (self.anchors, self.anchors)
-        if config.contrast_positives:
-            parts["pp"] = (self.positives, self.positives)
-        if len(self.negatives):
-            parts["an"] = (self.anchors, self.negatives)
-        return parts
-
-
-@dataclass(frozen=True)
-class LossShare:
-    """What some of the rows contribute. Shares add up: their sum over workers is the single-process result."""
-
-    loss: Float[Tensor, ""]
-    """Of the rows scored here, already divided by g; fp64."""
-    gradient: Float[Tensor, "u d"]
-    """d(loss) / d(student embeddings); fp64, so that the order in which blocks and workers add up leaves no trace."""
-    counts: dict[str, Float[Tensor, ""]]
-    """candidates_* and masked_* for each part, identical_dropped (the rows themselves not counted),
-    rows_without_negatives, and the sums over rows positive_similarity and guide_positive_similarity."""
-
-
-def row_blocks(batch: BatchIndex, config: LossConfig, budget_bytes: float) -> list[range]:
-    """Cut the rows into blocks whose scores fit the budget.
-
-    The cut knows nothing of workers, so that a block's matrix products, and with them the guide's verdict on near
-    ties, are bit for bit the same whoever computes them.
-    """
-    widths = [len(candidates) for _, candidates in batch.parts(config).values()]
-    # Scores; guide scores and masks of one slice.
-    bytes_per_row = 4 * sum(widths) + 7 * min(max(widths), _slice_size(batch))
-    in_budget = max(1, int(budget_bytes // bytes_per_row))
-    least = LEAST_ROWS.get(batch.anchors.device.type, LEAST_ROWS["cpu"])
-    to_share = max(least, -(-batch.num_rows // 128))  # enough blocks that workers get equal numbers of rows
-    size = min(in_budget, to_share)
-    return [range(start, min(start + size, batch.num_rows)) for start in range(0, batch.num_rows, size)]
+from gist_dist.core.candidates import BatchIndex, LossShare, count_names, false_negatives
+from gist_dist.core.dropped_weight import DroppedWeight
+from gist_dist.core.layout import Layout
+from gist_dist.core.positives import Positives, Promoted
 
 
 def gist_loss(
@@ -114,134 +53,191 @@ def gist_loss(
     return scorer.share()
 
 
-def false_negatives(
-    guide_scores: Float[Tensor, "b c"], guide_positive: Float[Tensor, "b 1"], config: LossConfig
-) -> Bool[Tensor, "b c"]:
-    """Candidates that the guide finds closer than the row's own positive, less the margin."""
-    return guide_scores > guide_threshold(guide_positive, config)
-
-
-def guide_threshold(guide_positive: Float[Tensor, "*b"], config: LossConfig) -> Float[Tensor, "*b"]:
-    """The guide score above which a candidate is a false negative."""
-    scale = guide_positive.abs() if config.margin_kind == "relative" else 1.0
-    return guide_positive - scale * config.margin + TIE
-
-
 class _Scorer:
     """The tables that all blocks share, and what the blocks have added up to so far."""
 
     def __init__(self, student: Tensor, guide: Tensor | None, batch: BatchIndex, config: LossConfig) -> None:
         assert student.dtype in (torch.float32, torch.float64), "similarities need fp32"
         self.batch, self.config, self.num_texts = batch, config, len(student)
-        # Anchors last: what they are scored against is then one piece from the start, with or without themselves.
-        self.texts = torch.cat([batch.positives, batch.negatives, batch.anchors])
+        self.texts = batch.texts
         self.students = student.detach()[self.texts]
         self.guides = None if guide is None else guide.to(student.dtype)[self.texts]
         self.identity = batch.identity[self.texts]
+        self.groups = None if batch.groups is None else batch.groups[self.texts]
         self.gradients = torch.zeros_like(self.students, dtype=torch.float64)
         self.loss = student.new_zeros((), dtype=torch.float64)
-        self.slices = _slices(batch, config)
-        parts = batch.parts(config)
-        names = [f"{count}_{part}" for count in ("candidates", "masked") for part in parts]
-        names += ["identical_dropped", "rows_without_negatives", "positive_similarity", "guide_positive_similarity"]
+        self.layouts = {own: Layout(batch, own) for own in batch.configs(config)}
+        names = count_names(layout.parts for layout in self.layouts.values())
         self.counts = {name: student.new_zeros((), dtype=torch.float64) for name in names}
-        self.width = sum(len(candidates) for _, candidates in parts.values())
-        self.anchor_width = self.width - batch.num_rows * config.contrast_positives
 
     def add(self, block: range) -> None:
-        first_anchor = len(self.texts) - self.batch.num_rows
-        rows = {
-            "anchor": slice(first_anchor + block.start, first_anchor + block.stop),
-            "positive": slice(block.start, block.stop),
-        }
-        scores = self._scores(rows)
-        self._drop(scores, rows)
-        self._add_loss_and_gradient(scores, rows)
-
-    def _scores(self, rows: dict[str, slice]) -> Float[Tensor, "b all"]:
-        """Every candidate's similarity / τ: an anchor's candidates, then its positive's."""
-        anchors, positives = (self.students[rows[role]] / self.config.temperature for role in ("anchor", "positive"))
-        scores = self.students.new_empty(len(anchors), self.width)
-        torch.mm(anchors, self.students[: self.anchor_width].T, out=scores[:, : self.anchor_width])
-        if self.config.contrast_positives:
-            torch.mm(positives, self.students[: self.batch.num_rows].T, out=scores[:, self.anchor_width :])
-        return scores
-
-    def _drop(self, scores: Float[Tensor, "b all"], rows: dict[str, slice]) -> None:
-        """Scores of -inf for identical texts, the row's own among them, and for false negatives; counted."""
-        anchor, positive = (self.identity[rows[role]].unsqueeze(1) for role in ("anchor", "positive"))
-        if self.guides is not None:
-            guide_positive = (self.guides[rows["anchor"]] * self.guides[rows["positive"]]).sum(dim=1, keepdim=True)
-            self.counts["guide_positive_similarity"] += guide_positive.sum()
-        for part, table, columns in self.slices:
-            identity = self.identity[table]
-            dropped = (identity == anchor).logical_or_(identity == positive)
-            num_identical = dropped.count_nonzero()
-            self.counts["identical_dropped"] += num_identical
-            self.counts[f"candidates_{part}"] += dropped.numel() - num_identical
-            if self.guides is not None:
-                query = self.guides[rows["positive" if part == "pp" else "anchor"]]
-                dropped |= false_negatives(query @ self.guides[table].T, guide_positive, self.config)
-                self.counts[f"masked_{part}"] += dropped.count_nonzero() - num_identical
-            scores[:, columns].masked_fill_(dropped, -torch.inf)
-        for part in self.batch.parts(self.config):
-            if part != "an":
-                self.counts["identical_dropped"] -= len(scores)  # the row itself
-
-    def _add_loss_and_gradient(self, scores: Float[Tensor, "b all"], rows: dict[str, slice]) -> None:
-        """In place of the scores: torch.logsumexp and softmax would need as much memory again."""
-        anchors, positives = self.students[rows["anchor"]], self.students[rows["positive"]]
-        similarity = (anchors * positives).sum(dim=1, dtype=torch.float64)
-        largest = scores.amax(dim=1)
-        self.counts["rows_without_negatives"] += (largest == -torch.inf).sum()
-        self.counts["positive_similarity"] += similarity.sum()
-        largest.clamp_(min=torch.finfo(scores.dtype).min)
-        weights = scores.sub_(largest.unsqueeze(1)).exp_()
-        total = weights.sum(dim=1).double()
-        # log of the negatives' weight against the positive's
-        excess = total.log() + largest - similarity / self.config.temperature
-        softplus = torch.logaddexp(excess, torch.zeros_like(excess))
-        self.loss += softplus.sum() / self.batch.num_rows
-        slope = 1 / (self.config.temperature * self.batch.num_rows)
-        normalise = (largest - similarity / self.config.temperature - softplus).exp() * slope
-        normalise, pull = normalise.to(scores.dtype).unsqueeze(1), (excess.sigmoid() * slope).unsqueeze(1)
-
-        self.gradients[rows["anchor"]] -= pull * positives
-        self.gradients[rows["positive"]] -= pull * anchors
-        from_candidates = weights[:, : self.anchor_width] @ self.students[: self.anchor_width]
-        self.gradients[rows["anchor"]] += from_candidates.mul_(normalise)
-        if self.config.contrast_positives:
-            from_candidates = weights[:, self.anchor_width :] @ self.students[: self.batch.num_rows]
-            self.gradients[rows["positive"]] += from_candidates.mul_(normalise)
-
-        anchors, positives = anchors * normalise, positives * normalise
-        for part, table, columns in self.slices:
-            if part == "pp":
-                continue  # taken together with ap, whose candidates are the same
-            from_rows = weights[:, columns].T @ anchors
-            if part == "ap" and self.config.contrast_positives:
-                columns = slice(self.anchor_width + columns.start, self.anchor_width + columns.stop)
-                from_rows.addmm_(weights[:, columns].T, positives)
-            self.gradients[table] += from_rows
+        config = self.batch.config_of(block.start, self.config)
+        _Block(self, block, self.layouts[config], config).add()
 
     def share(self) -> LossShare:
         gradient = self.gradients.new_zeros(self.num_texts, self.students.shape[1])
         return LossShare(self.loss, gradient.index_add_(0, self.texts, self.gradients), self.counts)
 
 
-def _slices(batch: BatchIndex, config: LossConfig) -> list[tuple[str, slice, slice]]:
-    """Candidates by part: where they stand in the tables (positives, negatives, anchors) and in a block's scores."""
-    tables = {"ap": 0, "an": batch.num_rows, "aa": batch.num_rows + len(batch.negatives), "pp": 0}
-    slices, column, parts = [], 0, batch.parts(config)
-    for part in sorted(parts, key=list(tables).index):
-        num_candidates = len(parts[part][1])
-        for start in range(0, num_candidates, _slice_size(batch)):
-            stop = min(start + _slice_size(batch), num_candidates)
-            table, columns = (slice(first + start, first + stop) for first in (tables[part], column))
-            slices.append((part, table, columns))
-        column += num_candidates
-    return slices
+class _Block:
+    """Some rows, and all their candidates."""
 
+    def __init__(self, scorer: _Scorer, rows: range, layout: Layout, config: LossConfig) -> None:
+        self.scorer, self.rows, self.layout, self.config = scorer, rows, layout, config
+        self.batch, self.counts, self.device = scorer.batch, scorer.counts, scorer.students.device
+        first_anchor = len(scorer.texts) - self.batch.num_rows
+        self.anchor = slice(first_anchor + rows.start, first_anchor + rows.stop)
+        self.positive = slice(rows.start, rows.stop)
+        """Where the rows' own texts stand in the table."""
+        self.dropped = DroppedWeight(len(rows), layout.columns, self.device)
+        self.guide_positive, self.promoted = None, None
+        if (guides := scorer.guides) is not None:
+            self.guide_positive = (guides[self.anchor] * guides[self.positive]).sum(dim=1, keepdim=True)
+            self.counts["guide_positive_similarity"] += self.guide_positive.sum()
+            if config.false_negatives == "positive":
+                self.promoted = Promoted(self.guide_positive, config)
 
-def _slice_size(batch: BatchIndex) -> int:
-    return SLICES.get(batch.anchors.device.type, SLICES["cpu"])
+    def add(self) -> None:
+        scores = self._scores()
+        positives = self._take_positives(scores)
+        self._drop(scores)
+        if self.promoted is not None:
+            self.counts["promoted"] += self.promoted.is_there.sum()
+            positives = self.promoted.join(positives, self.layout, self.config.temperature)
+        self._add_loss_and_gradient(scores, positives)
+
+    def _scores(self) -> Float[Tensor, "b all"]:
+        """Every candidate's similarity / τ: an anchor's candidates, then its positive's."""
+        students, layout = self.scorer.students, self.layout
+        anchors, positives = (students[rows] / self.config.temperature for rows in (self.anchor, self.positive))
+        scores = students.new_empty(len(anchors), layout.width)
+        torch.mm(anchors, students[layout.for_anchors].T, out=scores[:, : layout.anchor_width])
+        if "pp" in layout.parts:
+            torch.mm(positives, students[layout.for_positives].T, out=scores[:, layout.anchor_width :])
+        return scores
+
+    def _take_positives(self, scores: Float[Tensor, "b all"]) -> Positives:
+        """The rows' positives. They and the rows themselves are no candidates any more."""
+        students, rows = self.scorer.students, self.rows
+        for first in self.layout.own_columns:
+            scores[:, first + rows.start : first + rows.stop].fill_diagonal_(-torch.inf)
+        anchors = students[self.anchor]
+        cosine = (anchors * students[self.positive]).sum(dim=1, keepdim=True, dtype=torch.float64)
+        self.counts["positive_similarity"] += cosine.sum()
+        place = torch.arange(rows.start, rows.stop, device=self.device).unsqueeze(1)
+        positives = Positives(cosine, torch.ones_like(cosine), place, torch.zeros_like(place, dtype=torch.bool))
+        if self.batch.further_positives is None:
+            return positives
+        for further in self.layout.further.of(rows, self.device):
+            scores[further.row, further.column] = -torch.inf
+            self._no_candidates(further.num_by_part)
+        place = self.batch.further_positives[rows.start : rows.stop]
+        is_there, place = place >= 0, place.clamp(min=0)
+        cosine = (anchors.unsqueeze(1) * students[place]).sum(dim=2, dtype=torch.float64)
+        return positives.joined(Positives(cosine, is_there.double(), place, torch.zeros_like(is_there)))
+
+    def _drop(self, scores: Float[Tensor, "b all"]) -> None:
+        """Scores of -inf for all that a rule takes out, counted and weighed."""
+        for known in self.layout.known.of(self.rows, self.device):
+            self.dropped.add_pairs("known", known, scores[known.row, known.column])
+            scores[known.row, known.column] = -torch.inf
+            self._no_candidates(known.num_by_part)
+            self.counts["known_dropped"] += len(known.row)
+        for part, table, columns in self.layout.slices:
+            self._drop_by_text(part, table, scores[:, columns])
+            if self.scorer.guides is not None:
+                self._drop_by_guide(part, table, columns, scores[:, columns])
+        self.counts["identical_dropped"] -= len(self.rows) * len(self.layout.own_columns)  # the rows themselves
+
+    def _drop_by_text(self, part: str, table: slice, piece: Float[Tensor, "b c"]) -> None:
+        """Equal texts, and known positives by group."""
+        identity, groups, num_candidates = self.scorer.identity, self.scorer.groups, piece.numel()
+        same = identity[table] == identity[self.anchor].unsqueeze(1)
+        same.logical_or_(identity[table] == identity[self.positive].unsqueeze(1))
+        if part == "an" and self.config.negatives == "own":
+            others = ~self._is_own_negative(table)
+            piece.masked_fill_(others, -torch.inf)
+            same &= ~others
+            self.counts["candidates_an"] -= others.count_nonzero()
+        num_gone = num_identical = self._leave("identical", part, piece, same)
+        self.counts["identical_dropped"] += num_identical
+        if groups is not None:
+            known = (groups[table] == groups[self.anchor].unsqueeze(1)).logical_and_(piece > -torch.inf)
+            num_known = self._leave("known", part, piece, known)
+            self.counts["known_dropped"] += num_known
+            num_gone = num_gone + num_known
+        self.counts[f"candidates_{part}"] += num_candidates - num_gone
+
+    def _drop_by_guide(self, part: str, table: slice, columns: slice, piece: Float[Tensor, "b c"]) -> None:
+        query = self.scorer.guides[self.positive if part == "pp" else self.anchor]
+        guide_scores = query @ self.scorer.guides[table].T
+        masked = false_negatives(guide_scores, self.guide_positive, self.config).logical_and_(piece > -torch.inf)
+        if part == "an" and self.config.guard_negatives:
+            masked &= ~self._is_own_negative(table)
+        if self.promoted is not None:
+            self.promoted.consider(masked, guide_scores, piece, columns.start)
+        self.counts[f"masked_{part}"] += self._leave("masked", part, piece, masked)
+
+    def _is_own_negative(self, table: slice) -> Bool[Tensor, "b c"]:
+        """Of a piece of the hard negatives."""
+        assert self.batch.negative_rows is not None
+        first = len(self.batch.all_positives)
+        rows = torch.arange(self.rows.start, self.rows.stop, device=self.device).unsqueeze(1)
+        return self.batch.negative_rows[table.start - first : table.stop - first] == rows
+
+    def _leave(self, rule: str, part: str, piece: Float[Tensor, "b c"], who: Bool[Tensor, "b c"]) -> Int[Tensor, ""]:
+        """How many they are."""
+        self.dropped.add(rule, part, piece, who)
+        piece.masked_fill_(who, -torch.inf)
+        return who.count_nonzero()
+
+    def _no_candidates(self, num_by_part: dict[str, int]) -> None:
+        for part, count in num_by_part.items():
+            self.counts[f"candidates_{part}"] -= count
+
+    def _add_loss_and_gradient(self, scores: Float[Tensor, "b all"], positives: Positives) -> None:
+        """In place of the scores: torch.logsumexp and softmax would need as much memory again."""
+        largest = scores.amax(dim=1) if scores.shape[1] else scores.new_full((len(scores),), -torch.inf)
+        self.counts["rows_without_negatives"] += (largest == -torch.inf).sum()
+        largest.clamp_(min=torch.finfo(scores.dtype).min)
+        weights = scores.sub_(largest.unsqueeze(1)).exp_()
+        log_negatives = weights.sum(dim=1).double().log() + largest  # log N
+        kept = [weights[:, columns].sum(dim=1).double().log() + largest for columns in self.layout.columns.values()]
+        for name, share in self.dropped.shares(kept).items():
+            self.counts[name] += share
+
+        slopes = positives.against(log_negatives, self.config)
+        self.scorer.loss += slopes.loss.sum() / self.batch.num_rows
+        slope = 1 / (self.config.temperature * self.batch.num_rows)
+        scale = ((largest + slopes.log_scale).exp() * slope).to(scores.dtype)
+        self._pull_positives(positives, slopes.pull * slope)
+        self._push_negatives(weights, scale.unsqueeze(1))
+
+    def _pull_positives(self, positives: Positives, pull: Float[Tensor, "b q"]) -> None:
+        students, gradients = self.scorer.students, self.scorer.gradients
+        anchors, own = students[self.anchor], students[self.positive]
+        gradients[self.anchor] -= pull[:, :1] * own
+        gradients[self.positive] -= pull[:, :1] * anchors
+        for column in range(1, pull.shape[1]):
+            place, of_positive = positives.place[:, column], positives.of_positive[:, column].unsqueeze(1)
+            strength = pull[:, column].unsqueeze(1)
+            towards = strength * students[place]
+            gradients[self.anchor] -= towards * ~of_positive
+            gradients[self.positive] -= towards * of_positive
+            gradients.index_add_(0, place, strength * torch.where(of_positive, own, anchors), alpha=-1)
+
+    def _push_negatives(self, weights: Float[Tensor, "b all"], scale: Float[Tensor, "b 1"]) -> None:
+        """weights: exp(s/τ) of the negatives, which scale makes slopes."""
+        students, gradients, layout = self.scorer.students, self.scorer.gradients, self.layout
+        width, has_positives = layout.anchor_width, "pp" in layout.parts
+        gradients[self.anchor] += (weights[:, :width] @ students[layout.for_anchors]).mul_(scale)
+        if has_positives:
+            gradients[self.positive] += (weights[:, width:] @ students[layout.for_positives]).mul_(scale)
+        anchors, positives = students[self.anchor] * scale, students[self.positive] * scale
+        for part, table, columns in layout.slices:
+            if part == "pp":
+                continue  # taken together with ap, whose candidates are the same
+            from_rows = weights[:, columns].T @ anchors
+            if part == "ap" and has_positives:
+                from_rows.addmm_(weights[:, width + columns.start : width + columns.stop].T, positives)
+            gradients[table] += from_rows

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from gist_dist.config import LossConfig
-from gist_dist.core.loss import BatchIndex, LossShare, guide_threshold
+from gist_dist.core.candidates import BatchIndex, LossShare, guide_threshold
 
 BITS_BYTES = 2**28
 """Rows are scored in spans whose bits, kept between forward and backward, take no more."""
@@ -191,12 +191,29 @@ def fused_share(
 ) -> LossShare:
     """What loss.gist_loss returns, for fp32 embeddings of the student."""
     assert student.dtype == torch.float32, "the kernels compute in fp32"
+    _refuse_other_rules(batch, config)
     with torch.cuda.device_of(student):
         scorer = _FusedScorer(student, guide, batch, config)
         rows = [torch.arange(block.start, block.stop, device=student.device) for block in blocks]
         for span in torch.cat(rows).split(scorer.rows_per_span) if rows else ():
             scorer.add(span)
         return scorer.share()
+
+
+def _refuse_other_rules(batch: BatchIndex, config: LossConfig) -> None:
+    """ValueError for the rules that only the plain path knows."""
+    plain = LossConfig()
+    rules = [
+        rule
+        for rule in ("in_batch", "negatives", "guard_negatives", "false_negatives")
+        if getattr(config, rule) != getattr(plain, rule)
+    ]
+    has = {
+        "known positives": batch.known_rows, "several positives": batch.more_positives, "groups": batch.groups,
+        "a loss for each source": batch.sections or None,
+    }  # fmt: skip
+    if rules := rules + [name for name, value in has.items() if value is not None]:
+        raise ValueError(f"the fused kernel does not offer {', '.join(rules)}; leave kernel=True out")
 
 
 class _FusedScorer:
@@ -216,6 +233,7 @@ class _FusedScorer:
         self.rows_per_span = max(self.tiles.rows, BITS_BYTES // (4 * num_words) // self.tiles.rows * self.tiles.rows)
         self.loss = student.new_zeros((), dtype=torch.float64)
         names = [f"{count}_{part}" for count in ("candidates", "masked") for part in self.parts]
+        # What the rules weigh is counted by the plain path only.
         names += ["identical_dropped", "rows_without_negatives", "positive_similarity", "guide_positive_similarity"]
         self.counts = {name: student.new_zeros((), dtype=torch.float64) for name in names}
 

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from gist_dist.common.errors import in_phase
 from gist_dist.config import RunConfig
 from gist_dist.core.candidate_table import mean_guide_similarity
+from gist_dist.core.candidates import BatchIndex, row_blocks
 from gist_dist.core.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
-from gist_dist.core.loss import BatchIndex, gist_loss, row_blocks
+from gist_dist.core.loss import gist_loss
 from gist_dist.core.optim import clip_gradients
 from gist_dist.core.plan import CHUNK_START_TOKENS, BatchPlan, Chunk, ChunkRule, deal
 from gist_dist.data.corpus import Corpus

@@ -25,7 +25,7 @@ from gist_dist.common.progress import Progress, progress_of
 from gist_dist.common.text import one_line, percent, text_table
 from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.core.candidate_table import CandidateTable
-from gist_dist.core.loss import BatchIndex, false_negatives
+from gist_dist.core.candidates import BatchIndex, false_negatives
 from gist_dist.core.plan import plan_batch
 from gist_dist.data.clusters import cluster_source, neighbours_together
 from gist_dist.data.corpus import Corpus

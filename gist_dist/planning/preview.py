@@ -12,8 +12,8 @@ from torch import nn
 from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.core.candidate_table import mean_guide_similarity
+from gist_dist.core.candidates import BatchIndex
 from gist_dist.core.gradcache import ActivationBudget
-from gist_dist.core.loss import BatchIndex
 from gist_dist.core.plan import BatchPlan, Chunk, deal, plan_batch
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Epoch, Sampler

@@ -18,7 +18,7 @@ from torch import Tensor
 from gist_dist.common.files import write_atomically
 from gist_dist.config import LossConfig, RunConfig
 from gist_dist.core.candidate_table import CandidateTable
-from gist_dist.core.loss import guide_threshold
+from gist_dist.core.candidates import guide_threshold
 from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import Scored
 from gist_dist.data.corpus import Corpus

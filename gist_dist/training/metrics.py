@@ -17,7 +17,7 @@ import torch
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_atomically
 from gist_dist.common.untrusted import step_line
-from gist_dist.core.loss import PARTS
+from gist_dist.core.candidates import PARTS
 from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import StepResult
 from gist_dist.data.corpus import Corpus

@@ -10,7 +10,8 @@ import torch
 
 from gist_dist.common.files import write_atomically
 from gist_dist.config import LossConfig, RunConfig
-from gist_dist.core.loss import gist_loss, row_blocks
+from gist_dist.core.candidates import row_blocks
+from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import Scored, StepResult
 from gist_dist.data.corpus import Corpus
