@@ -16,6 +16,7 @@ import tiny
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
+from gist_dist.data.statistics import data_summary
 from gist_dist.runs.folder import RunFolder
 
 TRIPLETS = ("banking77_train", "clinc150_train", "hwu64", "emotion_train")
@@ -34,7 +35,7 @@ class Real(NamedTuple):
         config = config or self.config
         run = RunFolder(config)
         run.folder.mkdir(exist_ok=True, parents=True)
-        run.write_data_summary(self.corpus, Sampler(self.corpus, config))
+        run.write_data_summary(data_summary(self.corpus, Sampler(self.corpus, config)))
         return json.loads((run.folder / "data.json").read_text())
 
     def changed(self, weights: dict[str, float] | None = None, **data) -> RunConfig:

@@ -12,7 +12,6 @@ from tiny_runs import assert_same_run, checkpoints, curve
 from gist_dist.common.errors import UserError
 from gist_dist.core.collectives import World
 from gist_dist.core.plan import plan_batch
-from gist_dist.core.step import Trainee
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.data.mining import by_row, minable_rows, mine_block, options_of, plan_corpus_search
 from gist_dist.data.sampler import Sampler
@@ -21,6 +20,7 @@ from gist_dist.models.guide_cache import encode_inputs
 from gist_dist.planning.preview import preview
 from gist_dist.recipe import parse_config
 from gist_dist.training.mining_schedule import MiningSchedule
+from gist_dist.training.train_state import RunTrainee
 from gist_dist.training.trainer import train
 
 EVERY, STEPS = 3, 8
@@ -100,7 +100,7 @@ def test_the_student_finds_its_own_nearest_texts(tree):
     corpus, student = opened(config), Student(config.student)
     before = corpus.mined.copy()
     schedule = MiningSchedule(
-        Trainee(config, corpus, student, None, torch.optim.SGD(student.parameters(), 0.1), World()), 9
+        RunTrainee(config, corpus, student, None, torch.optim.SGD(student.parameters(), 0.1), World()), 9
     )
     assert [step for step in range(1, 10) if schedule.changes_after(step)] == [3, 6]
     schedule.renew(3)

@@ -11,7 +11,7 @@ import yaml
 from gist_dist.cli import main
 from gist_dist.config import RunConfig
 from gist_dist.data.sampler import Sampler
-from gist_dist.data.statistics import repeated_texts
+from gist_dist.data.statistics import data_summary, repeated_texts
 from gist_dist.models.encoder import Guide
 from gist_dist.models.guide_cache import fill, open_guide_cache
 from gist_dist.on_ray.driver import prepare
@@ -166,7 +166,7 @@ def test_data_json_and_the_report_give_the_same_account(tmp_path):
     seen, (config, corpus) = planned(parse_config(recipe)), tiny.prepared(recipe)
     run, sampler = RunFolder(config), Sampler(corpus, config)
     run.create(config)
-    run.write_data_summary(corpus, sampler)
+    run.write_data_summary(data_summary(corpus, sampler))
     data = json.loads((run.folder / "data.json").read_text())
     assert data["sources"] == json.loads(json.dumps(seen.sources))
     repeats = data["duplicates_admitted"]

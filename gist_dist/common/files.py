@@ -22,6 +22,11 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def write_text(file: Path, text: str) -> None:
+    """UTF-8, atomically."""
+    write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
 def sealed(tree: dict[str, Any]) -> bytes:
     """JSON with the SHA-256 of what it says: a damaged or edited one is not taken for what was written."""
     return json.dumps(tree | {"sha256": _digest(tree)}, indent=1).encode()

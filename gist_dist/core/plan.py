@@ -7,14 +7,48 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-
-from gist_dist.data.corpus import Corpus
 
 CHUNK_START_TOKENS = {"cpu": 32, "cuda": 4096}
 """What starting one more chunk costs, in tokens' worth of encoding, by kind of device: weighs short chunks against
 padding. A GPU waits for the host's hundreds of launches a chunk."""
+
+
+@runtime_checkable
+class PreparedRows(Protocol):
+    """Rows of tokenized texts, as a step needs them; data/corpus.py has one on disk. Arrays are read-only."""
+
+    @property
+    def anchors(self) -> np.ndarray:
+        """Text number of every row's anchor; positives likewise."""
+
+    @property
+    def positives(self) -> np.ndarray: ...
+
+    def negatives_of(self, rows: np.ndarray) -> np.ndarray:
+        """Text numbers of all hard negatives of these rows."""
+
+    @property
+    def identity(self) -> np.ndarray:
+        """Of every text: equal for equal token ids of the student."""
+
+    @property
+    def student_lengths(self) -> np.ndarray:
+        """Tokens of every text; guide_lengths likewise, by the guide's tokenizer."""
+
+    @property
+    def guide_lengths(self) -> np.ndarray: ...
+
+    @property
+    def guide_keys(self) -> np.ndarray:
+        """Of every text [t 2]: equal for equal inputs of the guide."""
+
+    def student_tokens(self, texts: np.ndarray) -> list[np.ndarray]:
+        """Token ids of these texts."""
+
+    def guide_tokens(self, texts: np.ndarray) -> list[np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +115,7 @@ class BatchPlan:
         return sum(chunk.padded_tokens for chunk in self.student_chunks)
 
 
-def plan_batch(corpus: Corpus, rows: np.ndarray, step: int, rule: ChunkRule | int, with_guide: bool) -> BatchPlan:
+def plan_batch(corpus: PreparedRows, rows: np.ndarray, step: int, rule: ChunkRule | int, with_guide: bool) -> BatchPlan:
     """rule: or only the most padded tokens of a chunk. with_guide: whether a guide encodes the batch within the
     step."""
     rule = ChunkRule(rule) if isinstance(rule, int) else rule

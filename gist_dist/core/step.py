@@ -5,11 +5,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gist_dist.common.errors import in_phase
@@ -20,10 +20,7 @@ from gist_dist.core.collectives import World, all_gather_rows, all_reduce_sum, a
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.core.loss import gist_loss
 from gist_dist.core.optim import clip_gradients
-from gist_dist.core.plan import CHUNK_START_TOKENS, BatchPlan, Chunk, ChunkRule, deal
-from gist_dist.data.corpus import Corpus
-from gist_dist.models.encoder import Guide, Padded, Student
-from gist_dist.models.packing import Packed
+from gist_dist.core.plan import CHUNK_START_TOKENS, BatchPlan, Chunk, ChunkRule, PreparedRows, deal
 
 GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """batch.gather_precision, where embeddings are rounded for it; on one worker too, so that it makes no difference."""
@@ -31,6 +28,44 @@ GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PHASES = ("encode", "guide", "gather", "loss", "scatter", "backward", "reduce", "optimizer")
 
 NonFinite = Literal["loss", "gradient"] | None
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """A model that makes unit vectors of token ids; models/encoder.py has those around a SentenceTransformer."""
+
+    packs: bool
+    """Whether a chunk's texts are joined without padding."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def width(self) -> int:
+        """Of its embeddings."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def get_ready(self, packing: bool | None = ...) -> None:
+        """To encode in earnest; see batch.packing."""
+
+    def inputs(self, tokens: Sequence[np.ndarray]) -> Any:
+        """What encode() is given for the texts of one chunk; may run ahead, in another thread."""
+
+
+@runtime_checkable
+class TrainedEncoder(TextEncoder, Protocol):
+    def parameters(self) -> list[nn.Parameter]: ...
+
+    def encode(self, texts: Any, dropout_seed: Sequence[int]) -> Tensor:
+        """[t d]. Equal arguments give equal embeddings, dropout included."""
+
+
+@runtime_checkable
+class FrozenEncoder(TextEncoder, Protocol):
+    def encode(self, texts: Any) -> Tensor:
+        """[t e]."""
 
 
 class Scored(NamedTuple):
@@ -68,9 +103,9 @@ class Trainee:
     def __init__(
         self,
         config: RunConfig,
-        corpus: Corpus,
-        student: Student,
-        guide: Guide | None,
+        corpus: PreparedRows,
+        student: TrainedEncoder,
+        guide: FrozenEncoder | None,
         optimizer: torch.optim.Optimizer,
         world: World,
     ) -> None:
@@ -101,8 +136,9 @@ class StepInputs:
 
     hands: list[list[int]]
     guide_hands: list[list[int]]
-    student: dict[int, Padded | Packed]
-    guide: dict[int, Padded | Packed]
+    student: dict[int, Any]
+    """What TextEncoder.inputs() made of it."""
+    guide: dict[int, Any]
 
 
 def prepare_inputs(trainee: Trainee, plan: BatchPlan, speeds: Sequence[float] | None = None) -> StepInputs:
@@ -191,7 +227,7 @@ def _encode_guide(trainee: Trainee, plan: BatchPlan, inputs: StepInputs) -> Tens
     return _gather_texts(rounded, plan.guide_chunks, inputs.guide_hands, trainee.world)
 
 
-def _stack(embeddings: list[Tensor], encoder: Student | Guide) -> Tensor:
+def _stack(embeddings: list[Tensor], encoder: TextEncoder) -> Tensor:
     """One row a text; no rows for a worker that was dealt no chunk."""
     if embeddings:
         return torch.cat(embeddings)

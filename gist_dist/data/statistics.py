@@ -8,6 +8,23 @@ from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 
 
+def data_summary(corpus: Corpus, sampler: Sampler) -> dict[str, Any]:
+    """What became of the data, and what the first epoch does with it: the content of a run's data.json."""
+    epoch = sampler.epoch(0)
+    return {
+        "sources": source_accounts(corpus, sampler),
+        "reports": corpus.manifest["reports"],
+        "num_rows": corpus.num_rows,
+        "num_texts": corpus.num_texts,
+        "rows_per_epoch": sampler.rows_per_epoch,
+        "steps_per_epoch": sampler.steps_per_epoch,
+        "steps": sampler.num_steps,
+        "rows_moved": epoch.rows_moved,
+        "duplicates_admitted": epoch.duplicates_admitted,
+        "content": corpus.manifest["content"],
+    }
+
+
 def source_accounts(corpus: Corpus, sampler: Sampler) -> list[dict[str, Any]]:
     """The manifest's account of every source and what the first epoch does with it; plain values, as in data.json."""
     epoch, sources, num_sources = sampler.epoch(0), corpus.manifest["sources"], len(corpus.manifest["sources"])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_atomically, write_text
 from gist_dist.common.stock_model import Prompts, adopted, ensure_padding, hold_limit, prompts_of
 from gist_dist.common.text import one_line
 from gist_dist.common.untrusted import Shape, load_plain_json, problem
@@ -121,8 +121,8 @@ def evaluate_task(
     meta = mteb_task.metadata
     details = json.dumps({"kind": meta.type, "metric": meta.main_score, "model": identity}, indent=2)
     card = json.dumps(_model_meta(wrapped), default=str, indent=4)
-    write_atomically(folder / "model_meta.json", lambda aside: aside.write_text(card))
-    write_atomically(_details_file(folder, task), lambda aside: aside.write_text(details))
+    write_text(folder / "model_meta.json", card)
+    write_text(_details_file(folder, task), details)
     write_atomically(file, result.to_disk)  # last: what is there counts
     return file
 

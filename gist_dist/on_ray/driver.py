@@ -10,6 +10,7 @@ from gist_dist.common.signals import stop_requests
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import PREPARING, Corpus
 from gist_dist.data.sampler import Sampler
+from gist_dist.data.statistics import data_summary
 from gist_dist.evaluation.evaluate import read_results
 from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.models.encoder import Guide, Student
@@ -144,7 +145,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     corpus = prepared.corpus
     sampler = Sampler(corpus, config)
     run.create(config)  # not before: a mistake in the recipe's data can then be mended under the same name
-    run.write_data_summary(corpus, sampler)
+    run.write_data_summary(data_summary(corpus, sampler))
     logger.info("%s", "\n".join(outline(config, prepared.student, prepared.guide, corpus, sampler)))
     return prepared
 

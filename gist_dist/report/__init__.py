@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.common.text import duration, percent, plain, plural, text_table
 from gist_dist.report.page import render_report
 from gist_dist.report.plots import write_plots
@@ -79,8 +79,8 @@ def build_report(run_dir: Path) -> Summary:
         plots = write_plots(run.folder / "plots", run.metrics, contents["training"]["seconds"], moved, limit)
         page = render_report(run, contents, plots)
         numbers = json.dumps(contents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomically(run.folder / "report.json", lambda file: file.write_text(numbers, encoding="utf-8"))
-        write_atomically(run.folder / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+        write_text(run.folder / "report.json", numbers)
+        write_text(run.folder / "report.html", page)
     except OSError as error:
         raise UserError(f"{run.folder}: the report can't be written: {error}") from None
     return Summary(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.common.text import plain, plural, signed, text_table
 from gist_dist.report.page import render
 from gist_dist.report.plots import BLOCKS, LINES, overlay_plots
@@ -80,8 +80,8 @@ def compare_runs(run_dirs: Sequence[Path], out: Path | None = None) -> Compariso
     )
     numbers = json.dumps(contents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        write_atomically(page.with_suffix(".json"), lambda file: file.write_text(numbers, encoding="utf-8"))
-        write_atomically(page, lambda file: file.write_text(html, encoding="utf-8"))
+        write_text(page.with_suffix(".json"), numbers)
+        write_text(page, html)
     except OSError as error:
         raise UserError(f"{page}: the comparison can't be written: {error}; give another place with --out") from None
     return Comparison(contents, page)

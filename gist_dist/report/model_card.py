@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.common.stock_model import NO_LIMIT
 from gist_dist.report import Run, judge, read_run
 from gist_dist.report.card_metadata import licence_on_hub, metadata_yaml, on_hub
@@ -57,7 +57,7 @@ def write_model_card(run_dir: Path) -> None:
         f"## Citation\n\n```bibtex\n{CITATION}\n```",
     ]
     card = f"---\n{metadata_yaml(run)}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
-    write_atomically(run.folder / "model" / "README.md", lambda file: file.write_text(card, encoding="utf-8"))
+    write_text(run.folder / "model" / "README.md", card)
 
 
 class Model(NamedTuple):

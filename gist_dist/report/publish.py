@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.common.redact import redact_text
 from gist_dist.common.text import one_line
 from gist_dist.config import HubConfig, RunConfig
@@ -44,7 +44,7 @@ def push_model(config: RunConfig, run_dir: Path) -> str | None:
         logger.warning("the model was not pushed to %s (%s); to push it by hand: %s", hub.repo_id, reason, by_hand)
         return None
     place = json.dumps({"repo_id": hub.repo_id, "commit": commit.oid, "url": str(commit.repo_url)}, indent=1)
-    write_atomically(Path(run_dir) / HUB_NAME, lambda file: file.write_text(place, encoding="utf-8"))
+    write_text(Path(run_dir) / HUB_NAME, place)
     logger.info("pushed the model to %s", commit.repo_url)
     return str(commit.repo_url)
 

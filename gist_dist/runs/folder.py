@@ -14,13 +14,10 @@ from typing import Any
 import yaml
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.common.redact import redact
 from gist_dist.common.version import __version__
 from gist_dist.config import RunConfig, computed_values
-from gist_dist.data.corpus import Corpus
-from gist_dist.data.sampler import Sampler
-from gist_dist.data.statistics import source_accounts
 
 MIN_FREE_BYTES = 200 * 2**20
 PACKAGES = ("torch", "ray", "transformers", "sentence-transformers", "datasets", "mteb", "pyarrow", "numpy")
@@ -71,23 +68,9 @@ class RunFolder:
             return False
         return isinstance(state, dict) and state.get("state") == "trained" and (self.folder / "model").is_dir()
 
-    def write_data_summary(self, corpus: Corpus, sampler: Sampler) -> None:
-        """data.json: what became of the data, and what the first epoch does with it."""
-        epoch = sampler.epoch(0)
-        summary = {
-            "sources": source_accounts(corpus, sampler),
-            "reports": corpus.manifest["reports"],
-            "num_rows": corpus.num_rows,
-            "num_texts": corpus.num_texts,
-            "rows_per_epoch": sampler.rows_per_epoch,
-            "steps_per_epoch": sampler.steps_per_epoch,
-            "steps": sampler.num_steps,
-            "rows_moved": epoch.rows_moved,
-            "duplicates_admitted": epoch.duplicates_admitted,
-            "content": corpus.manifest["content"],
-        }
-        text = json.dumps(summary, indent=1)
-        write_atomically(self.folder / "data.json", lambda file: file.write_text(text, encoding="utf-8"))
+    def write_data_summary(self, summary: dict[str, Any]) -> None:
+        """data.json: what became of the data, and what the first epoch does with it (data/statistics.py)."""
+        write_text(self.folder / "data.json", json.dumps(summary, indent=1))
 
     def _check_writable(self) -> None:
         try:
@@ -122,11 +105,10 @@ class RunFolder:
     def _write_config(self, environment: dict[str, Any]) -> None:
         tree = redact(self.config.model_dump(mode="json")) | {"environment": environment}
         text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-        write_atomically(self.folder / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(self.folder / "config.yaml", text)
 
     def _write_state(self, state: str) -> None:
-        text = json.dumps({"state": state})
-        write_atomically(self.folder / "state.json", lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(self.folder / "state.json", json.dumps({"state": state}))
 
 
 def describe_environment() -> dict[str, Any]:
@@ -145,7 +127,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent  # the package's folder, not this room's
     try:
         command = ["git", "-C", str(here), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

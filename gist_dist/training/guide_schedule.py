@@ -8,11 +8,11 @@ from torch import Tensor
 from gist_dist.common.errors import UserError
 from gist_dist.core.collectives import barrier
 from gist_dist.core.plan import BatchPlan, plan_batch
-from gist_dist.core.step import Trainee
 from gist_dist.data.sampler import Sampler
 from gist_dist.models.encoder import Guide
 from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint
 from gist_dist.training.checkpoint import model_tensors
+from gist_dist.training.train_state import RunTrainee
 
 
 class Guidance:
@@ -22,7 +22,7 @@ class Guidance:
     refresh: a function of the step alone, so that a resumed run is guided as an undisturbed one.
     """
 
-    def __init__(self, trainee: Trainee, sampler: Sampler, cache: GuideCache | None) -> None:
+    def __init__(self, trainee: RunTrainee, sampler: Sampler, cache: GuideCache | None) -> None:
         self.trainee, self.sampler, self.config = trainee, sampler, trainee.config
         self.refresh = self.config.guide_refresh
         self.cache = cache

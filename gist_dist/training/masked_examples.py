@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.config import LossConfig, RunConfig
 from gist_dist.core.candidate_table import CandidateTable
 from gist_dist.core.candidates import guide_threshold
@@ -48,7 +48,7 @@ def write_masked_examples(config: RunConfig, corpus: Corpus, plan: BatchPlan, sc
     found = masked_examples(corpus, plan, scored, config.loss, config.seed, num_each)
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_text(file, text)
     except OSError as error:
         logger.warning("%s can't be written (%s); the report goes without it", file, error)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.common.untrusted import step_line
 from gist_dist.core.candidates import PARTS
 from gist_dist.core.plan import BatchPlan
@@ -35,7 +35,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_after: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= resume_after]
         text = "".join(_as_text(line) for line in kept)
-        write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+        write_text(path, text)
         self.path = path
         self._file = open(path, "ab", buffering=0)
         self._unwritten = b""

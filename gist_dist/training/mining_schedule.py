@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gist_dist.core.collectives import all_gather_rows
 from gist_dist.core.plan import cut_chunks
-from gist_dist.core.step import Trainee
 from gist_dist.data.mining import by_row, minable_rows, mine_block, options_of, plan_corpus_search
+from gist_dist.training.train_state import RunTrainee
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ TEXTS_AT_ONCE = 2**13
 class MiningSchedule:
     """What the rows' mined negatives are at every step."""
 
-    def __init__(self, trainee: Trainee, num_steps: int) -> None:
+    def __init__(self, trainee: RunTrainee, num_steps: int) -> None:
         self.trainee, self.num_steps = trainee, num_steps
         mine = trainee.config.data.mine
         self.every = mine.every_steps if mine else None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.config import LossConfig, RunConfig
 from gist_dist.core.candidates import row_blocks
 from gist_dist.core.loss import gist_loss
@@ -90,7 +90,7 @@ def _name(rows: list[dict[str, Any]]) -> str:
 def _write(file: Path, facts: dict[str, Any]) -> str:
     try:
         text = json.dumps(facts, indent=1, ensure_ascii=False)
-        write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_text(file, text)
     except OSError as error:
         return f"the list of all its rows can't be written: {error}"
     return f"counting from 0; all its rows are in {file}"

@@ -13,7 +13,6 @@ from torch import Tensor
 from gist_dist.common.errors import UserError
 from gist_dist.config import computed_values
 from gist_dist.core.collectives import broadcast, broadcast_object, on_rank_0
-from gist_dist.core.step import Trainee
 from gist_dist.models.guide_cache import guide_fingerprint
 from gist_dist.training.checkpoint import (
     CheckpointStore,
@@ -26,6 +25,7 @@ from gist_dist.training.checkpoint import (
 )
 from gist_dist.training.guide_schedule import Guidance
 from gist_dist.training.mining_schedule import MiningSchedule
+from gist_dist.training.train_state import RunTrainee
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ PLACES = {"name", "data.sources", "student.model", "student.revision", "guide.mo
 class RunState:
     """What a run has done, and its checkpoints. Every worker has one; rank 0 alone reads and writes."""
 
-    def __init__(self, trainee: Trainee, guidance: Guidance, mining: MiningSchedule) -> None:
+    def __init__(self, trainee: RunTrainee, guidance: Guidance, mining: MiningSchedule) -> None:
         """UserError, on every worker, for a checkpoint.dir that can't be opened."""
         self.trainee, self.guidance, self.mining, self.world = trainee, guidance, mining, trainee.world
         self.kept = 0
@@ -164,7 +164,7 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _identity(trainee: Trainee, guidance: Guidance) -> dict[str, Any]:
+def _identity(trainee: RunTrainee, guidance: Guidance) -> dict[str, Any]:
     """What the global batches and the loss are a function of."""
     config, cache = trainee.config, guidance.cache
     guide = cache.fingerprint if cache else guide_fingerprint(trainee.guide) if trainee.guide else None
@@ -177,7 +177,7 @@ def _identity(trainee: Trainee, guidance: Guidance) -> dict[str, Any]:
     }
 
 
-def _told(trainee: Trainee) -> dict[str, Any]:
+def _told(trainee: RunTrainee) -> dict[str, Any]:
     """What may change, though not bit for bit the same numbers come out."""
     batch = trainee.config.batch
     return {

@@ -16,7 +16,7 @@ from secrets import token_hex
 from typing import Any, Protocol
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.common.redact import redact, redact_text
 from gist_dist.common.text import one_line
 from gist_dist.config import RunConfig, flat
@@ -191,7 +191,7 @@ def _id_of(run_dir: Path, name: str, create: Callable[[], str]) -> str:
     ids = ids if isinstance(ids, dict) else {}
     if not isinstance(ids.get(name), str):
         ids[name] = create()
-        write_atomically(file, lambda aside: aside.write_text(json.dumps(ids, indent=1), encoding="utf-8"))
+        write_text(file, json.dumps(ids, indent=1))
     return ids[name]
 
 

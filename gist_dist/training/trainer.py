@@ -14,7 +14,7 @@ from gist_dist.config import RunConfig
 from gist_dist.core.collectives import World, all_reduce_max, on_rank_0
 from gist_dist.core.optim import build_optimizer, learning_rate, set_learning_rate
 from gist_dist.core.plan import BatchPlan
-from gist_dist.core.step import StepInputs, StepResult, Trainee, prepare_inputs, train_step
+from gist_dist.core.step import StepInputs, StepResult, prepare_inputs, train_step
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.models.encoder import Guide, Student, save_model
@@ -26,6 +26,7 @@ from gist_dist.training.mining_schedule import MiningSchedule
 from gist_dist.training.non_finite import tell_non_finite
 from gist_dist.training.observers import Observers
 from gist_dist.training.run_state import RunState
+from gist_dist.training.train_state import RunTrainee
 from gist_dist.training.watchdog import Watchdog
 from gist_dist.training.worker_speeds import Pace
 
@@ -57,7 +58,7 @@ def train(
     sampler = Sampler(corpus, config)
     model, cache = (None, guide) if isinstance(guide, GuideCache) else (guide, None)
     optimizer = build_optimizer(student.model, config.optim)
-    trainee = Trainee(config, corpus, student, model, optimizer, world)
+    trainee = RunTrainee(config, corpus, student, model, optimizer, world)
     guidance = Guidance(trainee, sampler, cache)
     with ExitStack() as ends:
         mining = MiningSchedule(trainee, sampler.num_steps)
@@ -75,7 +76,7 @@ def train(
 
 
 def _train_steps(
-    trainee: Trainee,
+    trainee: RunTrainee,
     guidance: Guidance,
     mining: MiningSchedule,
     sampler: Sampler,
@@ -138,7 +139,7 @@ def _train_steps(
     return sampler.num_steps
 
 
-def _skip_or_stop(trainee: Trainee, state: RunState, batch: BatchPlan, result: StepResult) -> None:
+def _skip_or_stop(trainee: RunTrainee, state: RunState, batch: BatchPlan, result: StepResult) -> None:
     """UserError, on every worker, unless the recipe allows to skip a step whose loss or gradient is not finite."""
     config, optim, skipped = trainee.config, trainee.config.optim, len(state.skipped)
     if optim.non_finite == "skip" and skipped < optim.max_skipped:
@@ -160,7 +161,7 @@ def _skip_or_stop(trainee: Trainee, state: RunState, batch: BatchPlan, result: S
     on_rank_0(stop, trainee.world)
 
 
-def _keep_result(trainee: Trainee, state: RunState, last: int, num_steps: int) -> None:
+def _keep_result(trainee: RunTrainee, state: RunState, last: int, num_steps: int) -> None:
     """Write the model of a finished run and wait for the last checkpoint; UserError, on every worker, if that fails."""
     folder = trainee.config.run_dir / "model"
 

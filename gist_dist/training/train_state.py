@@ -1,0 +1,13 @@
+"""What a run trains: a step's state, with rows and models that a run can also prepare, renew, save and fingerprint."""
+
+from gist_dist.core.step import Trainee
+from gist_dist.data.corpus import Corpus
+from gist_dist.models.encoder import Guide, Student
+
+
+class RunTrainee(Trainee):
+    """As core/step.py has it, but for the types: there they are the Protocols that a step needs."""
+
+    corpus: Corpus
+    student: Student
+    guide: Guide | None
