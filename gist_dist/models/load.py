@@ -41,6 +41,7 @@ def load(config: StudentConfig | GuideConfig, section: str, device: torch.device
     model.float()  # what is stored narrower loses nothing, and small steps then add up
     _ensure_padding(model, name, section)
     _refuse_tokens_beyond_the_table(model, name, section)
+    _tell_missing_end(model, name, section)
     own, positions = hold_limit(model), position_limit(transformer_of(model))
     if config.max_tokens and config.max_tokens > (positions or math.inf):
         raise UserError(
@@ -167,4 +168,19 @@ def _refuse_tokens_beyond_the_table(model: "SentenceTransformer", name: str, sec
             f"{section}.model: the tokenizer of '{name}' knows {len(beyond):,} tokens that its model has no embedding "
             f"for ({token!r} is number {number:,}, the table has {table.num_embeddings:,} rows); call "
             "resize_token_embeddings(len(tokenizer)) and save it, or use the tokenizer that belongs to it"
+        )
+
+
+def _tell_missing_end(model: "SentenceTransformer", name: str, section: str) -> None:
+    """Models that pool the last token are mostly made to find a mark of the end there."""
+    modes = [getattr(module, "pooling_mode", ()) for module in model]
+    if not any("lasttoken" in ((mode,) if isinstance(mode, str) else mode) for mode in modes):
+        return
+    text, bare = (model.tokenizer("the end", add_special_tokens=special)["input_ids"] for special in (True, False))
+    if text and bare and text[-1] == bare[-1]:
+        logger.warning(
+            "%s.model: '%s' pools the last token, and its tokenizer puts no end token behind a text: the last word is "
+            "pooled, in training as in use; if its card asks for one, set it in the tokenizer's post-processor",
+            section,
+            name,
         )

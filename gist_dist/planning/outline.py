@@ -4,10 +4,13 @@ from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
-from gist_dist.models.encoder import Encoder
+from gist_dist.models.encoder import Encoder, Student, kept_prompts
+
+LONG_TEXT = 4096
+"""Tokens of a text that is worth a word where nothing cuts it."""
 
 
-def outline(config: RunConfig, student: Encoder, guide: Encoder | None, corpus: Corpus, sampler: Sampler) -> list[str]:
+def outline(config: RunConfig, student: Student, guide: Encoder | None, corpus: Corpus, sampler: Sampler) -> list[str]:
     """A line for each of student, guide, data, steps, workers and what comes after; `gist-dist plan` tells more."""
     told = {
         "student": _model(student),
@@ -19,7 +22,40 @@ def outline(config: RunConfig, student: Encoder, guide: Encoder | None, corpus: 
         "workers": _workers(config),
         "then": _evaluation(config),
     }
-    return [f"{name:9}{text}" for name, text in told.items()]
+    if warning := long_text_line(student, corpus):
+        told["data"] += f"; {warning}"
+    lines = [f"{name:9}{text}" for name, text in told.items()]
+    return lines[:2] + [f"{'prompts':9}{line}" for line in prompt_lines(config, student, guide)] + lines[2:]
+
+
+def prompt_lines(config: RunConfig, student: Student, guide: Encoder | None) -> list[str]:
+    """What is put before texts, from wherever it comes, and what encode() of the saved model should be told of; none
+    where there are no prompts."""
+    lines = []
+    for encoder, role in ((student, "student"), (guide, "guide")):
+        if encoder is None:
+            continue
+        of_sources = [encoder.prompts_with(getattr(source.prompts, role)) for source in config.data.sources]
+        if not any(text for prompts in of_sources for text in prompts.values()):
+            continue
+        shown = ", ".join(f"{name} {_short(text)}" for name, text in encoder.prompts.items())
+        others = sum(prompts != encoder.prompts for prompts in of_sources)
+        more = f"; {plural(others, 'source has its', 'sources have their')} own" if others else ""
+        lines.append(f"{role}: {shown}{more}")
+    note = kept_prompts(student, config).note
+    return [*lines, f"of the saved model, {note}"] if note else lines
+
+
+def long_text_line(student: Encoder, corpus: Corpus) -> str | None:
+    """A word of texts that nothing cuts."""
+    longest = int(corpus.student_lengths.max(initial=0))
+    if student.max_tokens or longest <= LONG_TEXT:
+        return None
+    return f"the longest text has {longest:,} tokens, and the student has no limit; set student.max_tokens to cut it"
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}…")
 
 
 def _model(encoder: Encoder) -> str:

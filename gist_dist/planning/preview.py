@@ -21,6 +21,7 @@ from gist_dist.data.sources import SourceReport
 from gist_dist.data.statistics import source_accounts
 from gist_dist.models.encoder import Encoder, Guide, Student
 from gist_dist.models.guide_cache import open_guide_cache
+from gist_dist.planning.outline import long_text_line, prompt_lines
 
 SAMPLED_BATCHES = 8
 SHOWN_SOURCES, SHOWN_REASONS = 30, 10
@@ -87,6 +88,8 @@ class Preview:
     are not there yet."""
     similarity_at_random: float | None
     """The same, were batches not clustered."""
+    notes: Sequence[str] = ()
+    """Of the models: their prompts, and texts that nothing cuts."""
 
     def lines(self) -> list[str]:
         sections = {
@@ -147,7 +150,7 @@ class Preview:
         else:
             kind = "the student's own embeddings (mode self)" if self.config.guide else "none: plain InfoNCE"
             table.append(("guide", "", "", "", "", kind))
-        return _aligned(table, left=(0, 5))
+        return _aligned(table, left=(0, 5)) + [line for note in self.notes for line in _wrapped(note)]
 
     def _data(self) -> list[str]:
         lines = self._source_table()
@@ -383,6 +386,10 @@ def preview(config: RunConfig, student: Student, guide: Guide | None, corpus: Co
         activation_bytes_per_token=_activation_bytes(student, corpus, plans),
         similarity=_similarity(config, guide, corpus, plans) if guide else None,
         similarity_at_random=at_random,
+        notes=[
+            *(f"prompts of the {line}" for line in prompt_lines(config, student, guide)),
+            *filter(None, [long_text_line(student, corpus)]),
+        ],
     )
 
 

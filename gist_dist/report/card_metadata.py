@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gist_dist.common.hub import go_offline_if_unreachable
+from gist_dist.common.plain_yaml import load_plain
 from gist_dist.evaluation.evaluate import result_files
 from gist_dist.evaluation.tasks import registered_tasks
 from gist_dist.report import Run, TaskRow
@@ -71,6 +72,19 @@ def licence_on_hub(repo_id: str, kind: str) -> str | None:
         stated = card.data.get("license")
     except Exception:  # of a card that is no part of the run: it must not end it
         return None
+    return _in_words(stated)
+
+
+def licence_of_folder(folder: Path) -> str | None:
+    """What the card in a model's folder states; None where there is none."""
+    try:
+        _, front, _ = (folder.expanduser() / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        return _in_words(load_plain(front)["license"])
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError):
+        return None
+
+
+def _in_words(stated: Any) -> str | None:
     named = [text for text in (stated if isinstance(stated, list) else [stated]) if isinstance(text, str)]
     return ", ".join(named) or None
 

@@ -10,9 +10,9 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_text
 from gist_dist.common.stock_model import NO_LIMIT
 from gist_dist.report import Run, judge, read_run
-from gist_dist.report.card_metadata import licence_on_hub, metadata_yaml, on_hub
+from gist_dist.report.card_metadata import licence_of_folder, licence_on_hub, metadata_yaml, on_hub
 from gist_dist.report.run import read_json
-from gist_dist.report.shapes import MODULES, POOLING_SETTINGS, TOKENIZER_SETTINGS
+from gist_dist.report.shapes import KEPT_PROMPTS, MODULES, POOLING_SETTINGS, TOKENIZER_SETTINGS
 
 CITATION = """\
 @article{solatorio2024gistembed,
@@ -68,6 +68,8 @@ class Model(NamedTuple):
     pooling: str | None
     width: int | None
     max_tokens: int | None
+    prompts: dict[str, str]
+    """That it was trained with, by name."""
 
 
 def _read_model(folder: Path) -> Model:
@@ -76,12 +78,14 @@ def _read_model(folder: Path) -> Model:
     pooled = [folder / module["path"] / "config.json" for module in modules if module["type"].endswith("Pooling")]
     pooling = _read(pooled[0], POOLING_SETTINGS) if pooled else {}
     mode = pooling.get("pooling_mode")
+    kept = _read(folder / "config_sentence_transformers.json", KEPT_PROMPTS).get("prompts") or {}
     limit = _read(folder / "tokenizer_config.json", TOKENIZER_SETTINGS).get("model_max_length")
     return Model(
         types,
         "+".join(mode) if isinstance(mode, list) else mode,
         pooling.get("embedding_dimension"),
         int(limit) if limit and limit < NO_LIMIT else None,
+        {name: text for name, text in kept.items() if text},
     )
 
 
@@ -102,9 +106,10 @@ def _introduction(run: Run) -> str:
 
 def _details(run: Run, model: Model) -> str:
     hub, student = _hub(run), run.config["student"]["model"]
+    licence = licence_on_hub(student, "model") if on_hub(student) else licence_of_folder(Path(student))
     base = _name(student)
-    if on_hub(student):
-        base += f" (licence: {_escape(licence_on_hub(student, 'model') or NOT_STATED)})"
+    if on_hub(student) or licence:
+        base += f" (licence: {_escape(licence or NOT_STATED)})"
     facts = {
         "Base model": base,
         "Maximum length": f"{model.max_tokens} tokens" if model.max_tokens else "no limit",
@@ -122,6 +127,8 @@ def _usage(run: Run, model: Model) -> str:
     name = json.dumps(_hub(run).get("repo_id") or "path/or/hub-id/of/this/model")
     name += ", trust_remote_code=True" * brings_code
     prompts = {role: text for role, text in (run.config["student"].get("prompts") or {}).items() if text}
+    kept = {"anchor": model.prompts.get("query"), "positive": model.prompts.get("document")}
+    prompts |= {role: text for role, text in kept.items() if text}
     encode = """embeddings = model.encode(["How do I bake bread?", "A recipe for a simple loaf"])
 print(model.similarity(embeddings, embeddings))"""
     if prompts:  # they are kept in the model, as those of queries and documents

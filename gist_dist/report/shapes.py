@@ -149,11 +149,16 @@ class TokenizerSettings(Shape):
     model_max_length: Count = None
 
 
+class KeptPrompts(Shape):
+    prompts: dict[str, str | None] | None = None
+
+
 RECIPE, DATA, STEP, EXAMPLES = (TypeAdapter(shape) for shape in (Recipe, DataSummary, Step, MaskedExamples))
 MODULES, POOLING_SETTINGS, TOKENIZER_SETTINGS = (
     TypeAdapter(list[Module]),
     TypeAdapter(Pooling),
     TypeAdapter(TokenizerSettings),
 )
+KEPT_PROMPTS = TypeAdapter(KeptPrompts)
 FAILURES = TypeAdapter(dict[str, dict[str, Any]])
 """mteb/failures.json: label (baseline, trained, guide) → task → error."""
