@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from gist_dist.config import LossConfig
 from gist_dist.core.candidates import BatchIndex, row_blocks
@@ -44,7 +46,7 @@ Features = Mapping[str, Any]
 class CachedGISTEmbedLoss(nn.Module):
     """(anchor, positive) pairs or (anchor, positive, negative_1, …, negative_n) in, the mean loss of the batch out.
 
-    ValueError for a model that isn't fed token ids, or that pools without its prompt.
+    It may be within MatryoshkaLoss. ValueError for a model that isn't fed token ids, and within AdaptiveLayerLoss.
     """
 
     uses_gradient_cache = True  # asked by sentence-transformers' trainer
@@ -62,15 +64,25 @@ class CachedGISTEmbedLoss(nn.Module):
         contrast_anchors: bool = True,
         contrast_positives: bool = True,
         gather_across_devices: bool = False,
+        *,
+        mini_batch_size: int | None = None,
+        mini_batch_num_tokens: int | None = None,
+        show_progress_bar: bool = False,
     ) -> None:
         """chunk_tokens: padded tokens encoded at once. activation_gb: gigabytes for graphs of chunks that then need no
-        second encode. loss_gb: gigabytes for one block of similarity scores. The others are sentence-transformers'."""
+        second encode. loss_gb: gigabytes for one block of similarity scores. The others are sentence-transformers':
+        mini_batch_size, where it is set, bounds the texts encoded at once too, mini_batch_num_tokens takes the place of
+        chunk_tokens, and no progress bar is shown."""
         super().__init__()
         for name, encoder in (("model", model), ("guide", guide)):
             if not hasattr(getattr(encoder, "tokenizer", None), "get_vocab"):
                 raise ValueError(f"{name} has no transformers tokenizer; only transformer encoders are supported")
         self.model, self.guide = model, guide.eval().requires_grad_(False)
-        self.chunk_tokens, self.loss_bytes = chunk_tokens, loss_gb * 1e9
+        for name, limit in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} = {limit}: at least 1")
+        self.chunk_tokens, self.mini_batch_size = mini_batch_num_tokens or chunk_tokens, mini_batch_size
+        self.loss_bytes = loss_gb * 1e9
         self.config = LossConfig(
             temperature=temperature, margin=margin, margin_kind=margin_strategy,
             contrast_anchors=contrast_anchors, contrast_positives=contrast_positives,
@@ -85,32 +97,49 @@ class CachedGISTEmbedLoss(nn.Module):
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         """labels are not used. Under DDP the mean of the devices' values is the loss of the global batch."""
         columns = [_check(dict(features)) for features in sentence_features]
-        tokens, positions = _distinct([ids for features in columns for ids in _token_ids(features)])
-        rows = positions.reshape(len(columns), -1)
+        self._refuse_layers()
+        batch = self._distinct_texts(columns)
         world = World.current() if self.gather_across_devices else World()
-        device = columns[0]["input_ids"].device
-        chunks = cut_chunks(np.array([len(ids) for ids in tokens]), self.chunk_tokens)
-        encode = self._encoder(tokens, chunks, "token_type_ids" in columns[0], device)
+        encode = self._encoder(batch)
 
-        numbers = list(range(len(chunks)))
-        with torch.random.fork_rng(_cuda(device)):
-            embeddings = first_pass(encode, numbers, [chunk.padded_tokens for chunk in chunks], self.activations)
+        numbers = list(range(len(batch.chunks)))
+        with torch.random.fork_rng(_cuda(batch.device)):
+            embeddings = first_pass(encode, numbers, [chunk.padded_tokens for chunk in batch.chunks], self.activations)
         student = torch.cat([e.detach() for e in embeddings.values()])
-        guide = self._guide_rows(tokens, chunks, device)
-        batch, counts = _global_batch(rows, tokens, chunks, world, device)
-        blocks = row_blocks(batch, self.config, self.loss_bytes)[world.rank :: world.size]
-        share = gist_loss(
-            all_gather_rows(student, counts, world), all_gather_rows(guide, counts, world), batch, blocks, self.config
-        )
-        # Shares sum to the gradient of the global batch, and DDP takes the mean of the devices'.
-        gradient = reduce_scatter_rows(share.gradient, counts, world) * world.size
-        loss = (share.loss * world.size).to(student.dtype)
+        guide = self._guide_rows(batch)
+        index, counts = _global_batch(batch, world)
+        shared = _Shared(index, counts, world, all_gather_rows(guide, counts, world))
         if not torch.is_grad_enabled():
-            return loss
-        by_chunk = dict(zip(numbers, gradient.split([len(chunk.texts) for chunk in chunks]), strict=True))
+            return self.calculate_loss([[student]], [[guide]], shared)
+        student.requires_grad_()
+        loss = self.calculate_loss([[student]], [[guide]], shared, with_backward=True).detach()
+        assert student.grad is not None
+        sizes = [len(chunk.texts) for chunk in batch.chunks]
+        by_chunk = dict(zip(numbers, student.grad.split(sizes), strict=True))
         loss.requires_grad_()
-        loss.register_hook(partial(_backward, encode, embeddings, by_chunk, device))
+        loss.register_hook(partial(self._backward, encode, embeddings, by_chunk, _Autocast(batch.device)))
         return loss
+
+    def calculate_loss(
+        self,
+        reps: list[list[Tensor]],
+        reps_guided: list[list[Tensor]],
+        shared: "_Shared",
+        *,
+        with_backward: bool = False,
+    ) -> Tensor:
+        """The loss of embeddings, of the model's whole width or of fewer dimensions: MatryoshkaLoss calls it for each
+        of its own. with_backward: their .grad is set."""
+        (student,) = reps[0]
+        counts, world = shared.counts, shared.world
+        blocks = row_blocks(shared.batch, self.config, self.loss_bytes)[world.rank :: world.size]
+        gathered = all_gather_rows(student.detach(), counts, world)
+        with torch.autocast(student.device.type, enabled=False):  # similarities in bf16 would tell nothing apart
+            share = gist_loss(gathered, shared.guide, shared.batch, blocks, self.config)
+        if with_backward:
+            # Shares sum to the gradient of the global batch, and DDP takes the mean of the devices'.
+            student.grad = reduce_scatter_rows(share.gradient, counts, world).to(student.dtype) * world.size
+        return (share.loss * world.size).to(student.dtype)
 
     def get_config_dict(self) -> dict[str, Any]:
         """For the model card."""
@@ -133,64 +162,137 @@ class CachedGISTEmbedLoss(nn.Module):
             "    archivePrefix={arXiv},\n    primaryClass={cs.LG}\n}"
         )
 
-    def _encoder(
-        self, tokens: Sequence[np.ndarray], chunks: Sequence[Chunk], with_types: bool, device: torch.device
-    ) -> Callable[[int], Tensor]:
+    def _distinct_texts(self, columns: Sequence[Features]) -> "_Texts":
+        """Every text once, and chunks of those that the models are to encode in the same way."""
+        excludes = any(_pools_without_prompt(model) for model in (self.model, self.guide))
+        tokens = [ids for features in columns for ids in _token_ids(features)]
+        hows = [how for features in columns for how in [_how(features, excludes)] * len(features["input_ids"])]
+        first, positions = _distinct(tokens, hows)
+        tokens, hows = [tokens[i] for i in first], [hows[i] for i in first]
+        with_types, device = "token_type_ids" in columns[0], columns[0]["input_ids"].device
+        return _Texts(tokens, positions.reshape(len(columns), -1), self._cut(tokens, hows), hows, with_types, device)
+
+    def _cut(self, tokens: Sequence[np.ndarray], hows: Sequence[dict[str, Any]]) -> list[Chunk]:
+        lengths, kinds = np.array([len(ids) for ids in tokens]), np.array(list(map(repr, hows)))
+        chunks = list[Chunk]()
+        for kind in dict.fromkeys(kinds.tolist()):
+            (own,) = np.nonzero(kinds == kind)
+            for chunk in cut_chunks(lengths[own], self.chunk_tokens):
+                chunks += _at_most(own[chunk.texts], lengths, self.mini_batch_size)
+        return chunks
+
+    def _encoder(self, batch: "_Texts") -> Callable[..., Tensor]:
         """Encodes a chunk; the same dropout however often it is called within this step."""
         seed = int(torch.randint(2**62, ()))
-        dropout = FastDropout() if device.type == "cpu" and not _is_checkpointed(self.model) else nullcontext()
+        module = _unwrapped(self.model)
+        dropout = FastDropout() if batch.device.type == "cpu" and not _is_checkpointed(module) else nullcontext()
 
-        def encode(chunk: int) -> Tensor:
+        def encode(chunk: int, model: nn.Module = module) -> Tensor:
             torch.manual_seed((seed + chunk) % 2**62)
-            features = _features([tokens[text] for text in chunks[chunk].texts], self.tokenizer, with_types, device)
+            texts = batch.chunks[chunk].texts
+            features = _features([batch.tokens[text] for text in texts], self.tokenizer, batch.with_types, batch.device)
             with dropout:
-                return _unit(self.model(features)["sentence_embedding"])
+                return _unit(model(features | batch.hows[texts[0]])["sentence_embedding"])
 
         return encode
 
+    def _backward(
+        self,
+        encode: Callable[..., Tensor],
+        embeddings: dict[int, Tensor],
+        gradients: dict[int, Tensor],
+        autocast: "_Autocast",
+        grad_output: Tensor,
+    ) -> None:
+        """When the loss is sent backward: the embeddings' gradients, times what the trainer scales the loss by.
+
+        DDP sees the last chunk only: it then sends all gradients, of this and of the chunks before, once. Devices need
+        not have equally many chunks.
+        """
+        scaled = {chunk: gradient * grad_output for chunk, gradient in gradients.items()}
+        last = {}
+        if isinstance(self.model, DistributedDataParallel):
+            number = max(embeddings)
+            last = {number: embeddings.pop(number).detach()}
+        with torch.enable_grad(), torch.random.fork_rng(_cuda(autocast.device)), autocast.again():
+            second_pass(encode, embeddings, scaled)
+            second_pass(partial(encode, model=self.model), last, scaled)
+
     @torch.no_grad()
-    def _guide_rows(self, tokens: Sequence[np.ndarray], chunks: Sequence[Chunk], device: torch.device) -> Tensor:
+    def _guide_rows(self, batch: "_Texts") -> Tensor:
         """Unit vectors in the order of the chunks' texts [u e]; texts that the guide can't tell apart share one."""
-        order = np.concatenate([chunk.texts for chunk in chunks])
-        inputs, input_of = _distinct(tokens if self.guide_reads_ids else self._tokens_for_guide(tokens))
-        guide_chunks = cut_chunks(np.array([len(ids) for ids in inputs]), self.chunk_tokens)
-        tokenizer = self.guide.tokenizer
+        tokens, hows = batch.tokens, batch.hows
+        if not self.guide_reads_ids:
+            tokens, hows = self._tokens_for_guide(tokens), [{}] * len(tokens)
+        first, input_of = _distinct(tokens, hows)
+        tokens, hows = [tokens[i] for i in first], [hows[i] for i in first]
+        chunks, tokenizer = self._cut(tokens, hows), self.guide.tokenizer
         with_types = "token_type_ids" in tokenizer.model_input_names
-        encoded = [
-            self.guide(_features([inputs[i] for i in chunk.texts], tokenizer, with_types, device))["sentence_embedding"]
-            for chunk in guide_chunks
-        ]
-        place = np.argsort(np.concatenate([chunk.texts for chunk in guide_chunks]))
-        rows = torch.from_numpy(place[input_of[order]]).to(device)
-        return _unit(torch.cat(encoded))[rows]
+        encoded = list[Tensor]()
+        for chunk in chunks:
+            features = _features([tokens[i] for i in chunk.texts], tokenizer, with_types, batch.device)
+            encoded.append(self.guide(features | hows[chunk.texts[0]])["sentence_embedding"])
+        place = np.argsort(np.concatenate([chunk.texts for chunk in chunks]))
+        order = np.concatenate([chunk.texts for chunk in batch.chunks])
+        return _unit(torch.cat(encoded))[torch.from_numpy(place[input_of[order]]).to(batch.device)]
 
     def _tokens_for_guide(self, tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
         texts = self.tokenizer.batch_decode([ids.tolist() for ids in tokens], skip_special_tokens=True)
         return _token_ids(self.guide.preprocess(texts))
 
-
-def _backward(
-    encode: Callable[[int], Tensor],
-    embeddings: dict[int, Tensor],
-    gradients: dict[int, Tensor],
-    device: torch.device,
-    grad_output: Tensor,
-) -> None:
-    """When the loss is sent backward: the embeddings' gradients, times what the trainer scales the loss by."""
-    scaled = {chunk: gradient * grad_output for chunk, gradient in gradients.items()}
-    with torch.enable_grad(), torch.random.fork_rng(_cuda(device)):
-        second_pass(encode, embeddings, scaled)
+    def _refuse_layers(self) -> None:
+        """Its wrapper takes the model's layers apart within forward, and ours encodes again after that."""
+        transformer = next(iter(_unwrapped(self.model).children()), None)
+        if type(getattr(transformer, "forward", None)).__name__ == "TransformerDecorator":
+            raise ValueError(
+                "CachedGISTEmbedLoss can't be within AdaptiveLayerLoss or Matryoshka2dLoss, as no cached loss can; "
+                "take MatryoshkaLoss, or sentence-transformers' GISTEmbedLoss there"
+            )
 
 
-def _global_batch(
-    rows: np.ndarray, tokens: Sequence[np.ndarray], chunks: Sequence[Chunk], world: World, device: torch.device
-) -> tuple[BatchIndex, list[int]]:
-    """The rows of all devices as positions in the gathered texts, and how many texts each device has.
+@dataclass(frozen=True)
+class _Texts:
+    """The distinct texts of this device's columns."""
 
-    rows: the texts of this device's columns, [columns b]; every device has the same number of columns.
-    """
-    order = np.concatenate([chunk.texts for chunk in chunks])
-    rows = np.argsort(order)[rows]  # a device's texts are gathered in the order of its chunks
+    tokens: list[np.ndarray]
+    """Of every text, without padding."""
+    rows: np.ndarray
+    """The texts of the columns [columns b]; every device has the same number of columns."""
+    chunks: list[Chunk]
+    hows: list[dict[str, Any]]
+    """Of every text: what else the models are given, equal within a chunk."""
+    with_types: bool
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the loss is of, beside the student's embeddings."""
+
+    batch: BatchIndex
+    counts: list[int]
+    """Texts of every device."""
+    world: World
+    guide: Tensor
+    """Of all devices [U e]."""
+
+
+class _Autocast:
+    """Autocast as it is now, for later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.enabled, self.dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def again(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.enabled)
+
+
+def _global_batch(batch: _Texts, world: World) -> tuple[BatchIndex, list[int]]:
+    """The rows of all devices as positions in the gathered texts, and how many texts each device has."""
+    tokens, device = batch.tokens, batch.device
+    order = np.concatenate([chunk.texts for chunk in batch.chunks])
+    rows = np.argsort(order)[batch.rows]  # a device's texts are gathered in the order of its chunks
     own_sizes = torch.tensor([[len(tokens), rows.shape[1]]], device=device)
     sizes = all_gather_rows(own_sizes, [1] * world.size, world).tolist()
     counts, num_rows = [u for u, _ in sizes], [b for _, b in sizes]
@@ -211,9 +313,32 @@ def _limit(model: "SentenceTransformer") -> int | float:
 def _check(features: Features) -> Features:
     if "input_ids" not in features or "attention_mask" not in features:
         raise ValueError(f"CachedGISTEmbedLoss needs input_ids and attention_mask, and got {', '.join(features)}")
-    if "prompt_length" in features:
-        raise ValueError("the model pools without its prompt (include_prompt: false), which is not supported")
     return features
+
+
+def _how(features: Features, excludes_prompts: bool) -> dict[str, Any]:
+    """What a model is to know of a column beside its tokens: where its prompt ends, if it pools without, and the task
+    of a Router."""
+    how = {name: value for name, value in features.items() if name == "task"}
+    if excludes_prompts and features.get("prompt_length") is not None:
+        length = features["prompt_length"]
+        how["prompt_length"] = int(length[0]) if isinstance(length, Tensor) else int(length)
+    return how
+
+
+def _pools_without_prompt(model: nn.Module) -> bool:
+    return any(getattr(module, "include_prompt", True) is False for module in model.modules())
+
+
+def _at_most(texts: np.ndarray, lengths: np.ndarray, limit: int | None) -> list[Chunk]:
+    """Chunks of these texts, longest first, of at most so many."""
+    limit = limit or len(texts)
+    parts = (texts[start : start + limit] for start in range(0, len(texts), limit))
+    return [Chunk(part, int(lengths[part].max()), int(lengths[part].sum())) for part in parts]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _token_ids(features: Features) -> list[np.ndarray]:
@@ -222,11 +347,12 @@ def _token_ids(features: Features) -> list[np.ndarray]:
     return [text[kept] for text, kept in zip(ids, real, strict=True)]
 
 
-def _distinct(tokens: Sequence[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Each once, in order of appearance, and where every one of ``tokens`` is among them."""
-    numbers: dict[bytes, int] = {}
-    positions = [numbers.setdefault(ids.tobytes(), len(numbers)) for ids in tokens]
-    return [np.frombuffer(ids, dtype=np.int32) for ids in numbers], np.array(positions)
+def _distinct(tokens: Sequence[np.ndarray], hows: Sequence[dict[str, Any]]) -> tuple[list[int], np.ndarray]:
+    """Where each is for the first time, in order of appearance, and where every one is among those."""
+    numbers: dict[tuple[bytes, str], int] = {}
+    keys = [(ids.tobytes(), repr(how)) for ids, how in zip(tokens, hows, strict=True)]
+    positions = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    return np.unique(positions, return_index=True)[1].tolist(), positions
 
 
 def _features(tokens: Sequence[np.ndarray], tokenizer: Any, with_types: bool, device: torch.device) -> Features:

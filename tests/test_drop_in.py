@@ -73,6 +73,112 @@ def test_a_guide_that_can_not_read_the_token_ids_is_given_the_decoded_texts(mode
     assert_close(found, gradients(theirs, student, texts), 1e-9)
 
 
+@pytest.mark.parametrize(
+    "options", [{"mini_batch_size": 3}, {"mini_batch_num_tokens": 30}, {"show_progress_bar": True}]
+)
+def test_takes_their_options(models, options):
+    texts, (student, guide) = columns(), load(models)
+    sizes, forward = [], student[0].forward
+    student[0].forward = lambda features, **kwargs: (
+        sizes.append(features["input_ids"].shape), forward(features, **kwargs))[1]  # fmt: skip
+    mine = gradients(CachedGISTEmbedLoss(student, guide, 0.05, **options), student, texts)
+    assert max(rows for rows, _ in sizes) <= options.get("mini_batch_size", 1000)
+    assert max(rows * length for rows, length in sizes) <= options.get("mini_batch_num_tokens", 10_000)
+    student, guide = load(models)
+    assert_close(mine, gradients(losses.CachedGISTEmbedLoss(student, guide, 0.05, **options), student, texts), 1e-9)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.3]])
+def test_equals_theirs_within_matryoshka_loss(models, weights):
+    texts, found = columns(), []
+    for kind in (CachedGISTEmbedLoss, losses.CachedGISTEmbedLoss):
+        student, guide = load(models)
+        wrapped = losses.MatryoshkaLoss(student, kind(student, guide, 0.05, margin=0.02), [32, 8], weights)
+        found.append(gradients(wrapped, student, texts))
+        with torch.no_grad():
+            assert wrapped([student.preprocess(column) for column in texts], torch.empty(0)).item() == pytest.approx(
+                found[-1][0], abs=1e-9
+            )
+    assert_close(*found, 1e-9)
+
+
+@pytest.mark.parametrize("guide_reads", ["token ids", "texts"])
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_equals_theirs_with_prompts(models, include_prompt, guide_reads):
+    texts, found = columns(), []
+    prompts = ["amber basin: ", "candle: ", "candle: "]
+    for kind in (CachedGISTEmbedLoss, losses.CachedGISTEmbedLoss):
+        student, guide = load(models)
+        student[1].include_prompt = guide[1].include_prompt = include_prompt
+        if guide_reads == "texts":
+            guide.max_seq_length = student.max_seq_length - 1
+        features = [student.preprocess(column, prompt=prompt) for column, prompt in zip(texts, prompts, strict=True)]
+        assert all("prompt_length" in column for column in features)
+        value = kind(student, guide, 0.05, margin=0.02)(features, torch.empty(0))
+        value.backward()
+        found.append((value.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
+    assert_close(*found, 1e-9)
+
+
+def test_equals_theirs_where_most_weights_are_frozen(models):
+    """As with an adapter."""
+    texts, found = columns(), []
+    for kind in (CachedGISTEmbedLoss, losses.CachedGISTEmbedLoss):
+        student, guide = load(models)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_("query" in name)
+        found.append(gradients(kind(student, guide, 0.05), student, texts))
+        assert all("query" in name for name in found[-1][1])
+    assert_close(*found, 1e-9)
+
+
+def test_the_second_encode_is_under_the_same_autocast(models):
+    """Backward is outside of it: graphs that are kept and chunks that are encoded again have the same gradients."""
+    found, texts = [], columns()
+    for activation_gb in (0.0, 1.0):
+        student, guide = (SentenceTransformer(str(folder), device="cpu").eval() for folder in models)
+        loss = CachedGISTEmbedLoss(student, guide, 0.05, chunk_tokens=60, activation_gb=activation_gb)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss([student.preprocess(column) for column in texts])
+        value.backward()
+        found.append((value.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
+    assert_close(*found, 1e-7)
+
+
+def _under_ddp(world: World, models: tuple[Path, Path], texts: Columns, gather: bool) -> tuple[float, dict[str, Any]]:
+    student, guide = load(models)
+    own = [column[world.rank :: world.size] for column in texts]
+    # Devices with 3 and 8 chunks, and two batches, the first of which is not sent.
+    loss = CachedGISTEmbedLoss(
+        student, guide, 0.05, margin=0.02, chunk_tokens=200 if world.rank else 60, gather_across_devices=gather,
+        activation_gb=0.1 * world.rank,
+    )  # fmt: skip
+    loss.model = torch.nn.parallel.DistributedDataParallel(student, find_unused_parameters=True)
+    features = [student.preprocess(column) for column in own]
+    with loss.model.no_sync():
+        (loss(features) / 2).backward()
+    value = loss(features)
+    (value / 2).backward()
+    found = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / world.size, found
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_ddp_sends_gradients_once_whatever_the_chunks_of_the_devices(tmp_path, models, gather):
+    texts = columns(num_rows=16)
+    parts = [texts] if gather else [[column[rank::2] for column in texts] for rank in range(2)]
+    alone = []
+    for part in parts:
+        student, guide = load(models)
+        alone.append(gradients(CachedGISTEmbedLoss(student, guide, 0.05, margin=0.02), student, part))
+    mean = {name: sum(found[name] for _, found in alone) / len(alone) for name in alone[0][1]}
+    expected = sum(value for value, _ in alone) / len(alone), mean
+    for found in run_group(_under_ddp, 2, tmp_path, models, texts, gather):
+        assert_close(found, expected, 1e-9)
+
+
 def test_copies_of_the_positive_are_no_negatives(models):
     student, guide = load(models)
     anchors, positives = columns(num_rows=4, num_negatives=0)
@@ -147,10 +253,44 @@ def test_trains_in_their_trainer(tmp_path, models):
     assert len(moved) > 10 and not any(p.requires_grad for p in guide.parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"prompts": {"anchor": "amber: ", "positive": "basin: "}}])
+def test_logs_what_theirs_logs(tmp_path, models, options):
+    """Training and evaluation losses, over steps of two batches."""
+    from datasets import Dataset
+
+    anchors, positives = columns(num_rows=32, num_negatives=0)
+    rows = Dataset.from_dict({"anchor": anchors, "positive": positives})
+    found = []
+    for kind in (CachedGISTEmbedLoss, losses.CachedGISTEmbedLoss):
+        student, guide = (SentenceTransformer(str(folder), device="cpu") for folder in models)
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        arguments = SentenceTransformerTrainingArguments(
+            str(tmp_path), per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=2, logging_steps=1,
+            eval_strategy="steps", eval_steps=1, learning_rate=1e-3, report_to="none", save_strategy="no",
+            use_cpu=True, disable_tqdm=True, **options,
+        )  # fmt: skip
+        trainer = SentenceTransformerTrainer(
+            model=student, args=arguments, train_dataset=rows, eval_dataset=rows, loss=kind(student, guide, 0.05)
+        )
+        trainer.train()
+        assert all(p.grad is None or not p.grad.any() for p in student.parameters()), "evaluation left a gradient"
+        history = trainer.state.log_history
+        found.append([line[name] for name in ("loss", "eval_loss") for line in history if name in line])
+    assert len(found[0]) == 4
+    assert found[0] == pytest.approx(found[1], rel=0.01 if "bf16" in options else 1e-4)
+
+
 def test_says_what_it_can_not_use(models):
     student, guide = load(models)
     loss = CachedGISTEmbedLoss(student, guide)
-    with pytest.raises(ValueError, match="pools without its prompt"):
-        loss([student.preprocess(["a"]) | {"prompt_length": 3}] * 2)
+    with pytest.warns(UserWarning, match="not compatible"):
+        adaptive = losses.AdaptiveLayerLoss(student, loss, n_layers_per_step=1)
+    with pytest.raises(ValueError, match="can't be within AdaptiveLayerLoss or Matryoshka2dLoss"):
+        adaptive([student.preprocess(["a"]), student.preprocess(["b"])], torch.empty(0))
+    for name in ("mini_batch_size", "mini_batch_num_tokens"):
+        with pytest.raises(ValueError, match=f"{name} = 0: at least 1"):
+            CachedGISTEmbedLoss(student, guide, **{name: 0})
     with pytest.raises(ValueError, match="needs input_ids"):
         loss([{"sentence_embedding": torch.zeros(1, 2)}] * 2)
