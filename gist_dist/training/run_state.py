@@ -43,6 +43,7 @@ class RunState:
         """The step whose state was taken up, or handed to be written, last."""
         self.skipped: list[int] = []
         """Steps that changed nothing, because their loss or gradient was not finite."""
+        self._request: str | None = None
         self.writer: CheckpointWriter | None = None
         on_rank_0(self._open, self.world)
 
@@ -73,6 +74,15 @@ class RunState:
         self.mining.resume(self.kept, received("mined"))
         self.guidance.resume(self.kept, received("guide"))
         return self.kept
+
+    def save_if_due(self, step: int, request: str | None) -> None:
+        """After the last step, every checkpoint.every_steps, and when it is asked for: at "stop", and at "checkpoint"
+        once as long as that is asked for."""
+        every, is_new = self.trainee.config.checkpoint.every_steps, request != self._request
+        self._request = request
+        is_due = step == self.mining.num_steps or (every and step % every == 0)
+        if is_due or request == "stop" or (request == "checkpoint" and is_new):
+            self.save(step)
 
     def save(self, step: int) -> None:
         """Keep the state after a step; it is written while training goes on. All wait for a write that still lasts."""

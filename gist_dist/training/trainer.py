@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 from safetensors import SafetensorError
@@ -14,7 +13,7 @@ from gist_dist.config import RunConfig
 from gist_dist.core.collectives import World, all_reduce_max, on_rank_0
 from gist_dist.core.optim import build_optimizer, learning_rate, set_learning_rate
 from gist_dist.core.plan import BatchPlan
-from gist_dist.core.step import StepInputs, StepResult, prepare_inputs, train_step
+from gist_dist.core.step import StepResult, train_step
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sampler import Sampler
 from gist_dist.models.encoder import Guide, Student, save_model
@@ -25,6 +24,7 @@ from gist_dist.training.metrics import metrics_line, peak_memory_bytes
 from gist_dist.training.mining_schedule import MiningSchedule
 from gist_dist.training.non_finite import tell_non_finite
 from gist_dist.training.observers import Observers
+from gist_dist.training.planned import Schedule, planned_steps
 from gist_dist.training.run_state import RunState
 from gist_dist.training.train_state import RunTrainee
 from gist_dist.training.watchdog import Watchdog
@@ -86,57 +86,50 @@ def _train_steps(
     done: int,
 ) -> int:
     """All steps that are left, or those before a stop is wanted; gives the last one."""
-    config, corpus, world, device = trainee.config, trainee.corpus, trainee.world, trainee.student.device
-    every, request = config.checkpoint.every_steps, None
+    config, corpus, world, num_steps = trainee.config, trainee.corpus, trainee.world, sampler.num_steps
     watchdog = Watchdog(config.cluster.hang_timeout_s, config.run_dir / "logs" / f"hang-{world.rank}.txt")
-
     pace = Pace(world, is_on=config.cluster.deal_by_speed)
-
-    def plan(step: int, speeds: list[float] | None) -> tuple[BatchPlan, StepInputs]:
-        batch = guidance.plan(step)
-        return batch, prepare_inputs(trainee, batch, speeds)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:
-        upcoming = planner.submit(plan, done + 1, pace.speeds) if done < sampler.num_steps else None
-        for step in range(done + 1, sampler.num_steps + 1):
+    schedules, steps = (mining, guidance), range(done + 1, num_steps + 1)
+    with closing(planned_steps(trainee, guidance, schedules, steps, lambda: pace.speeds, watchdog)) as planned:
+        for step, batch, inputs, waited in planned:
             started = time.perf_counter()
-            assert upcoming is not None
-            with watchdog.watching(step):
-                batch, inputs = upcoming.result()
-            waited = time.perf_counter() - started
-            changing = [schedule for schedule in (mining, guidance) if schedule.changes_after(step)]
-            if step < sampler.num_steps and not changing:
-                upcoming = planner.submit(plan, step + 1, pace.speeds)
-            rate = learning_rate(step, sampler.num_steps, config.optim)
+            rate = learning_rate(step, num_steps, config.optim)
             set_learning_rate(trainee.optimizer, rate)
-            shows = world.rank == 0 and masking_is_shown(config, step, sampler.num_steps)
+            shows = world.rank == 0 and masking_is_shown(config, step, num_steps)
             with watchdog.watching(step):
                 result = train_step(trainee, batch, inputs, keep_scored=shows)
             if result.non_finite:
                 _skip_or_stop(trainee, state, batch, result)
             result.seconds["plan"] = waited
-            seconds = time.perf_counter() - started
-            mine = {"memory": float(peak_memory_bytes(device)), "request": float(REQUESTS.index(wants()))}
-            largest = all_reduce_max(mine | pace.of_step(batch, inputs, result), device, world)
+            seconds = waited + time.perf_counter() - started
+            largest = _largest(trainee, wants(), pace.of_step(batch, inputs, result))
             pace.adopt(largest)
-            before, request = request, REQUESTS[int(largest["request"])]
             if observers:
                 peak, of_epoch = largest["memory"], sampler.steps_per_epoch
                 observers.observe(metrics_line(batch, result, corpus, rate, world.size, seconds, of_epoch, peak))
             if shows and result.scored and not result.non_finite:
                 write_masked_examples(config, corpus, batch, result.scored)
             result.scored = None  # its memory is the next step's
-            for schedule in changing:  # before the checkpoint, which keeps what the next step is made with
-                with in_phase("guide"):
-                    schedule.renew(step)
-            if changing:
-                upcoming = planner.submit(plan, step + 1, pace.speeds)
-            is_due = step == sampler.num_steps or (every and step % every == 0)
-            if is_due or request == "stop" or (request == "checkpoint" and before is None):
-                state.save(step)
+            _renew(schedules, step)  # before the checkpoint, which stores what the next step is made with
+            request = REQUESTS[int(largest["request"])]
+            state.save_if_due(step, request)
             if request == "stop":
                 return step
-    return sampler.num_steps
+    return num_steps
+
+
+def _largest(trainee: RunTrainee, request: str | None, others: dict[str, float]) -> dict[str, float]:
+    """The largest of each number over all workers: memory in use, what is wanted of the run, and the others."""
+    device = trainee.student.device
+    own = {"memory": float(peak_memory_bytes(device)), "request": float(REQUESTS.index(request))}
+    return all_reduce_max(own | others, device, trainee.world)
+
+
+def _renew(schedules: Sequence[Schedule], step: int) -> None:
+    for schedule in schedules:
+        if schedule.changes_after(step):
+            with in_phase("guide"):
+                schedule.renew(step)
 
 
 def _skip_or_stop(trainee: RunTrainee, state: RunState, batch: BatchPlan, result: StepResult) -> None:
