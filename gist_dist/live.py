@@ -9,7 +9,6 @@ import json
 import logging
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gist_dist.common.events import TRAINING, fields_of
 from gist_dist.common.redact import printable
 from gist_dist.common.text import clock, plural
-from gist_dist.common.untrusted import step_line
+from gist_dist.runs.metrics_file import METRICS, Tail
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -73,7 +72,7 @@ class View:
         self.name, self.run_dir = name, run_dir
         self.phase, self.line = "starting", ""
         self.phase_began = time.monotonic()
-        self.metrics = Tail(run_dir / "metrics.jsonl") if run_dir else None
+        self.metrics = Tail(run_dir / METRICS, SHOWN_STEPS) if run_dir else None
         self.num_steps: int | None = None
 
     def hear(self, line: str, fields: dict[str, Any]) -> None:
@@ -99,35 +98,6 @@ class View:
 
     def _clock(self) -> str:
         return clock(time.monotonic() - self.phase_began)
-
-
-class Tail:
-    """The newest lines of metrics.jsonl that have been written since the view began."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.position = file, file.stat().st_size if file.is_file() else 0
-        self.steps: deque[dict[str, Any]] = deque(maxlen=SHOWN_STEPS)
-
-    def newest(self) -> list[dict[str, Any]]:
-        """Up to SHOWN_STEPS, the last at the end; read from where the last call stopped."""
-        try:
-            if self.file.stat().st_size < self.position:  # a run that goes on drops the steps that it will do again
-                self.position = 0
-                self.steps.clear()
-            with self.file.open("rb") as file:
-                file.seek(self.position)
-                while (line := file.readline()).endswith(b"\n"):
-                    self.position = file.tell()
-                    if row := step_line(line):
-                        self._add(row)
-        except OSError:  # not there yet, or a file server that is away for a moment
-            pass
-        return list(self.steps)
-
-    def _add(self, row: dict[str, Any]) -> None:
-        if self.steps and row["step"] <= self.steps[-1]["step"]:
-            self.steps.clear()
-        self.steps.append(row)
 
 
 def _training(steps: list[dict[str, Any]], num_steps: int | None) -> list["RenderableType"]:

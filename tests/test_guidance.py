@@ -19,7 +19,7 @@ from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint
 from gist_dist.recipe import parse_config
-from gist_dist.training.metrics import read_metrics
+from gist_dist.runs.metrics_file import read_metrics
 from gist_dist.training.trainer import train
 
 STEPS = 8

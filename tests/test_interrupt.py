@@ -16,7 +16,7 @@ from gist_dist.common.signals import handled, stop_requests
 from gist_dist.core.collectives import World
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.runs.lock import LOCK_NAME
-from gist_dist.training.metrics import read_metrics
+from gist_dist.runs.metrics_file import read_metrics
 from gist_dist.training.trainer import train
 
 STEPS = 200

@@ -25,7 +25,7 @@ from gist_dist.core.collectives import World
 from gist_dist.data.corpus import Corpus
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.recipe import parse_config
-from gist_dist.training.metrics import read_metrics
+from gist_dist.runs.metrics_file import read_metrics
 from gist_dist.training.trainer import train
 
 WORLD_SIZES = (1, 2, 3, 4)

@@ -15,7 +15,8 @@ from tiny import recipe, save_tiny_model, words, write_jsonl
 
 from gist_dist.common.events import PROGRESS, TRAINING, phase
 from gist_dist.common.text import clock
-from gist_dist.live import LiveHandler, Tail, View, live_view
+from gist_dist.live import LiveHandler, View, live_view
+from gist_dist.runs.metrics_file import Tail
 
 LINE = {
     "step": 7, "loss": 0.5, "grad_norm": 1.25, "learning_rate": 2e-5, "world_size": 2, "pairs_per_second": 100.0,
@@ -64,7 +65,7 @@ def test_metrics_are_followed_over_a_restart_and_torn_lines(tmp_path):
     """A run that goes on drops the steps that it will do again, so the file gets shorter."""
     file = tmp_path / "metrics.jsonl"
     file.write_text(json.dumps({"step": 1}) + "\n")
-    tail = Tail(file)
+    tail = Tail(file, 20)
     assert tail.newest() == []  # of an earlier command
     with file.open("a") as stream:
         stream.write('{"step": 2}\nno json\n[]\n{"step": 3}\n{"st')

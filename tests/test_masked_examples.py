@@ -20,6 +20,7 @@ from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import plan_batch
 from gist_dist.core.step import Scored
 from gist_dist.models.encoder import Guide, Student
+from gist_dist.runs.metrics_file import read_metrics
 from gist_dist.training import trainer
 from gist_dist.training.masked_examples import (
     FILE_NAME,
@@ -28,7 +29,6 @@ from gist_dist.training.masked_examples import (
     masking_is_shown,
     write_masked_examples,
 )
-from gist_dist.training.metrics import read_metrics
 
 LONG = "amber " * 100
 

@@ -13,7 +13,7 @@ from tiny import recipe, save_tiny_model, write_jsonl
 from gist_dist.on_ray.driver import Stopped, train_and_evaluate
 from gist_dist.on_ray.train.prometheus import SERIES, OperatorMetrics
 from gist_dist.recipe import parse_config
-from gist_dist.training.metrics import read_metrics
+from gist_dist.runs.metrics_file import read_metrics
 
 LINE = {
     "step": 7, "epoch": 0.5, "loss": 1.25, "grad_norm": 3.0, "learning_rate": 2e-5, "pairs_per_second": 310.0,

@@ -21,7 +21,7 @@ from gist_dist.config import ClusterConfig, RunConfig
 from gist_dist.on_ray.cluster.connect import check_resources
 from gist_dist.on_ray.driver import train_and_evaluate
 from gist_dist.recipe import parse_config
-from gist_dist.training.metrics import read_metrics
+from gist_dist.runs.metrics_file import read_metrics
 
 pytestmark = pytest.mark.ray
 

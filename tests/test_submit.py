@@ -26,7 +26,7 @@ from gist_dist.on_ray.jobs import client as jobs
 from gist_dist.on_ray.jobs import package, submit
 from gist_dist.on_ray.jobs.client import Log, connect, exit_status, follow, free_id, jobs_of
 from gist_dist.recipe import load_recipe, parse_config
-from gist_dist.training.metrics import read_metrics
+from gist_dist.runs.metrics_file import read_metrics
 
 pytestmark = pytest.mark.ray
 

@@ -26,10 +26,11 @@ from gist_dist.config import BatchConfig, RunConfig
 from gist_dist.core.step import Clock
 from gist_dist.on_ray.train import worker
 from gist_dist.on_ray.train.controller import RetryPolicy
-from gist_dist.on_ray.train.failures import OutOfMemory, classify, memory_sentence, out_of_memory, steps_done
+from gist_dist.on_ray.train.failures import OutOfMemory, classify, memory_sentence, out_of_memory
 from gist_dist.on_ray.train.messages import CONTROLLER_EVENTS, RESIZE, STOP, post, withdraw
 from gist_dist.on_ray.train.worker import Wants
 from gist_dist.recipe import parse_config
+from gist_dist.runs.metrics_file import last_step
 
 BATCH = BatchConfig(chunk_tokens=512, activation_gb=3, loss_gb=0.5)
 
@@ -57,9 +58,9 @@ def retries(policy: RetryPolicy, error: Exception) -> bool:
 
 
 def test_steps_done_are_read_from_a_torn_file(run_dir):
-    assert steps_done(run_dir) == 0
+    assert last_step(run_dir) == 0
     reach(run_dir, 12)
-    assert steps_done(run_dir) == 12
+    assert last_step(run_dir) == 12
 
 
 def test_a_run_that_gets_on_may_lose_any_number_of_workers(run_dir):
@@ -288,7 +289,7 @@ def test_bug_is_tried_twice_and_told(fitted, tmp_path):
 @pytest.mark.slow
 def test_killed_workers_are_started_again_as_long_as_the_run_gets_on(fitted):
     outcome, config = fitted(dies_and_gets_on, max_failures=1)
-    assert outcome == "finished" and steps_done(config.run_dir) == 9
+    assert outcome == "finished" and last_step(config.run_dir) == 9
     assert (config.run_dir / "logs" / CONTROLLER_EVENTS).read_text().count("starting the workers again") == 2
 
 

@@ -32,15 +32,6 @@ def load_plain_json(text: str) -> Any:
     return tree
 
 
-def step_line(text: str | bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None for one that a kill has torn, or that is of no step."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
-
-
 def check_plain(tree: Any, levels: int = MAX_LEVELS) -> None:
     """ValueError for values that are nested too deeply, for numbers beyond all measure and for lone surrogates."""
     if not levels:

@@ -12,6 +12,7 @@ from gist_dist.common.redact import redact, redact_text
 from gist_dist.common.untrusted import check_plain, load_plain_json, problem
 from gist_dist.evaluation.evaluate import Score, read_results
 from gist_dist.report.shapes import DATA, EXAMPLES, FAILURES, RECIPE, STEP
+from gist_dist.runs.metrics_file import METRICS, parse_lines
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def read_run(run_dir: Path) -> Run:
         raise UserError(f"no config.yaml in {folder}: it is no run; give the folder output_dir/name of one")
     config = _read_config(folder / "config.yaml")
     environment = config.pop("environment", None) or {}
-    metrics, unreadable = _read_metrics(folder / "metrics.jsonl")
+    metrics, unreadable = _read_metrics(folder / METRICS)
     if not config.get("guide"):
         # Nothing can be masked then, and 0 % would read as a finding.
         metrics = [{key: row[key] for key in row if not key.startswith("masked_fraction")} for row in metrics]
@@ -127,15 +128,10 @@ def _read_failures(path: Path) -> dict[str, dict[str, str]]:
 
 def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Lines by step (the last of a step counts), and how many lines could not be read."""
-    lines = _read_text(path, "replace").splitlines() if path.is_file() else []
     by_step: dict[int, dict[str, Any]] = {}
     unreadable = 0
-    for line in lines:
-        try:
-            row = load_plain_json(line)
-        except ValueError:
-            row = None
-        if problem(STEP, row):
+    for row in parse_lines(_read_text(path, "replace") if path.is_file() else ""):
+        if row is None or problem(STEP, row):
             unreadable += 1
         else:
             by_step[row["step"]] = {"sources": {}, "seconds": {}} | row

@@ -7,7 +7,7 @@ from typing import Any
 from gist_dist.common.errors import UserError
 from gist_dist.common.progress import Progress, progress_of
 from gist_dist.config import RunConfig
-from gist_dist.training.metrics import MetricsFile
+from gist_dist.runs.metrics_file import METRICS, MetricsFile
 from gist_dist.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ class Observers:
     ) -> None:
         """done: steps that the run goes on after. UserError if metrics.jsonl can't be written or a tracker opened."""
         try:
-            self.metrics = MetricsFile(config.run_dir / "metrics.jsonl", resume_after=done)
+            self.metrics = MetricsFile(config.run_dir / METRICS, resume_after=done)
         except OSError as error:
             raise UserError(f"{config.run_dir}/metrics.jsonl can't be written: {error}; free space") from error
         self._progress = _StepProgress(num_steps, done)

@@ -16,8 +16,9 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from gist_dist.common.events import EventFormatter
-from gist_dist.on_ray.train.failures import Failure, classify, last_line, steps_done
+from gist_dist.on_ray.train.failures import Failure, classify, last_line
 from gist_dist.on_ray.train.messages import CONTROLLER_EVENTS, READY, RESIZE, STOP, post, posted, withdraw
+from gist_dist.runs.metrics_file import last_step
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class RetryPolicy(FailurePolicy):
         return FailureDecision.RETRY if retries else FailureDecision.RAISE
 
     def _decide(self, error: TrainingFailedError) -> tuple[bool, str]:
-        done = steps_done(self.run_dir)
+        done = last_step(self.run_dir)
         if isinstance(error, PreemptionError):
             return True, f"after step {done} a node was taken away as announced"
         if isinstance(error, ControllerError):
@@ -95,14 +96,14 @@ class CheckpointBeforeResize(ControllerCallback):
                 self.said = resize_decision.num_workers
                 say(self.run_dir, f"starting {self.said} worker{'s' * (self.said > 1)}")
             return
-        started, done = time.monotonic(), steps_done(self.run_dir)
+        started, done = time.monotonic(), last_step(self.run_dir)
         withdraw(self.run_dir, READY)
         post(self.run_dir, RESIZE)
         while not posted(self.run_dir) & {READY, STOP} and time.monotonic() < started + RESIZE_PATIENCE_S:
             time.sleep(0.2)
         how = "from a checkpoint written now" if READY in posted(self.run_dir) else "from the last checkpoint"
         withdraw(self.run_dir, RESIZE, READY)
-        done = max(done, steps_done(self.run_dir))
+        done = max(done, last_step(self.run_dir))
         say(self.run_dir, f"after step {done}: going on with {resize_decision.num_workers} workers {how}")
 
 

@@ -1,10 +1,8 @@
 """What went wrong in a worker, told apart: the user's mistake, memory, a lost process, a lost peer, a bug."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
@@ -120,19 +118,3 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def last_line(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return lines[-1][:400] if lines else ""
-
-
-def steps_done(run_dir: Path) -> int:
-    """The last step in metrics.jsonl; 0 before the first."""
-    try:
-        with open(run_dir / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 65536))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # torn by a kill
-            continue
-    return 0
