@@ -5,12 +5,14 @@ Importing this module costs neither torch nor ray, so that a mistyped key answer
 
 import codecs
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from gist_dist.common.redact import redact_address
 from gist_dist.common.text import SHORT
@@ -35,6 +37,9 @@ class Section(BaseModel):
         return self
 
 
+SectionType = TypeVar("SectionType", bound=Section)
+
+
 def _usable_path(path: str) -> str:
     if "\0" in path:
         raise ValueError("a path has no NUL character")
@@ -53,6 +58,23 @@ PathText = Annotated[str, AfterValidator(_usable_path)]
 """A path that can be asked for, or a URI."""
 
 
+class Place(Enum):
+    """What a path of the recipe names. Whoever treats paths by what they are finds them with paths_of()."""
+
+    WRITTEN = "a folder or URI that all nodes write to"
+    READ = "a folder that all nodes read"
+    MODEL = "a Hub id, or a folder that all nodes read"
+    DATA = "where rows are read from, before training"
+    NODE = "a folder on each node's own disk"
+
+
+WrittenPath = Annotated[PathText, Place.WRITTEN]
+ReadPath = Annotated[PathText, Place.READ]
+ModelPath = Annotated[PathText, Place.MODEL]
+DataPath = Annotated[PathText, Place.DATA]
+NodePath = Annotated[PathText, Place.NODE]
+
+
 class RolePrompts(Section):
     """Text put before every text of a role; part of what is encoded."""
 
@@ -67,7 +89,7 @@ class RolePrompts(Section):
 class StudentConfig(Section):
     """The model that is trained."""
 
-    model: PathText = Field(min_length=1)
+    model: ModelPath = Field(min_length=1)
     """Hub id or folder of a SentenceTransformer (or of a plain transformers encoder: mean pooling is added)."""
     revision: str | None = None
     """Hub revision."""
@@ -102,7 +124,7 @@ class StudentConfig(Section):
 class GuideConfig(Section):
     """The frozen model that tells false negatives."""
 
-    model: Annotated[PathText, Field(min_length=1)] | None = None
+    model: Annotated[ModelPath, Field(min_length=1)] | None = None
     """Hub id or folder of a SentenceTransformer. Left out in mode self; with refresh, null starts from the student."""
     revision: str | None = None
     """Hub revision."""
@@ -117,7 +139,7 @@ class GuideConfig(Section):
     before training, and steps read that. self: the student's own embeddings of the step serve as the guide's."""
     refresh: int | None = Field(default=None, ge=1)
     """After every so many steps the guide becomes a frozen copy of the student as it then is; null: never."""
-    cache_dir: PathText | None = None
+    cache_dir: WrittenPath | None = None
     """Where guide embeddings are kept, one folder for each guide; a path or URI that all nodes reach. By default
     output_dir/guide_cache."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
@@ -240,7 +262,7 @@ class Triplets(Section):
 class SourceConfig(Section):
     """One data set of training rows."""
 
-    path: PathText = Field(min_length=1)
+    path: DataPath = Field(min_length=1)
     """A file or folder of parquet, jsonl, csv or arrow, a glob, a URI (s3://, gs://, hf://…), or a Hub dataset id."""
     name: str | None = Field(default=None, max_length=LONGEST_SOURCE_NAME)
     """Shown in the plan and the report; by default the last part of the path."""
@@ -304,7 +326,7 @@ class Mine(Section):
 
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...]
-    root: PathText | None = None
+    root: DataPath | None = None
     """Folder that relative source paths start from; by default the current one. If it is set, no path is a Hub id."""
     mixing: Literal["homogeneous", "mixed", "clustered"] = "homogeneous"
     """homogeneous: a batch holds rows of one source; only what is left of each, less than a batch, is mixed.
@@ -319,10 +341,10 @@ class DataConfig(Section):
     raises the small sources; an epoch stays as long, and no row comes again before all of its source came."""
     unusable_rows: Literal["drop", "error"] = "drop"
     """Rows with an empty, missing or non-text anchor, positive or negative: drop counts and names them, error stops."""
-    cache_dir: PathText | None = None
+    cache_dir: WrittenPath | None = None
     """Where prepared corpora are kept, one folder for each content; a path or URI (s3://, gs://, hdfs://) that all
     nodes reach. By default output_dir/corpora."""
-    local_copy: PathText | None = None
+    local_copy: NodePath | None = None
     """Folder on each node's own disk that workers copy the corpus and guide cache to before they read them. null: read
     in place, or a folder for temporary files where the place is a URI."""
 
@@ -432,7 +454,7 @@ class CheckpointConfig(Section):
     """A resumable checkpoint after so many steps, and always after the last; null: only after the last."""
     keep: int = Field(default=2, ge=1)
     """How many checkpoints stay; older ones are removed once a new one is complete."""
-    dir: Annotated[PathText, Field(min_length=1)] | None = None
+    dir: Annotated[WrittenPath, Field(min_length=1)] | None = None
     """Folder or URI (s3://, gs://, …) below which checkpoints are kept, in a folder of the run's name. null:
     checkpoints in the run's own folder."""
     retry_seconds: float = Field(default=300.0, ge=0)
@@ -446,7 +468,7 @@ class EvaluateConfig(Section):
     """Also run them on the untrained student."""
     guide: bool = False
     """Also run them on the guide."""
-    local_tasks: PathText | None = None
+    local_tasks: ReadPath | None = None
     """Folder of task folders read instead of the Hub: MTEB tasks under their names, and your own sets."""
     every_steps: int | None = Field(default=None, ge=1)
     """Not offered yet; must be null."""
@@ -562,7 +584,7 @@ class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     """The run is kept under output_dir/name; letters, digits, '.', '_' and '-'."""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    output_dir: PathText = "runs"
+    output_dir: WrittenPath = "runs"
     student: StudentConfig
     guide: GuideConfig | None = None
     data: DataConfig
@@ -639,28 +661,54 @@ class RunConfig(Section):
 
     def absolute_paths(self) -> "RunConfig":
         """The same recipe for a process with another working directory (a Ray worker)."""
-        evaluate, student, guide = self.evaluate, self.student, self.guide
-        if evaluate.local_tasks:
-            tasks = str(Path(evaluate.local_tasks).expanduser().absolute())
-            evaluate = evaluate.model_copy(update={"local_tasks": tasks})
-        student = student.model_copy(update={"model": _absolute_model(student.model)})
-        if guide and guide.model:
-            guide = guide.model_copy(update={"model": _absolute_model(guide.model)})
-        if guide and guide.cache_dir:
-            guide = guide.model_copy(update={"cache_dir": self.guide_cache_dir})
-        data, checkpoint = self.data, self.checkpoint
-        if data.cache_dir:
-            data = data.model_copy(update={"cache_dir": self.corpora_dir})
-        if checkpoint.dir and "://" not in checkpoint.dir:
-            checkpoint = checkpoint.model_copy(update={"dir": str(Path(checkpoint.dir).expanduser().absolute())})
-        output_dir = str(Path(self.output_dir).expanduser().absolute())
-        changed = {"evaluate": evaluate, "checkpoint": checkpoint, "student": student, "guide": guide, "data": data}
-        return self.model_copy(update={"output_dir": output_dir} | changed)
+        return with_paths(self, _absolute)
 
 
-def _absolute_model(model: str) -> str:
-    folder = Path(model).expanduser()
-    return str(folder.absolute()) if folder.exists() else model
+def _absolute(place: Place, path: str) -> str:
+    if "://" in path or place in (Place.DATA, Place.NODE):
+        return path
+    found = Path(path).expanduser()
+    return path if place is Place.MODEL and not found.exists() else str(found.absolute())
+
+
+def paths_of(section: Section, prefix: str = "") -> Iterator[tuple[str, Place, str]]:
+    """Key, kind and value of every path that is set: ("guide.cache_dir", Place.WRITTEN, "/shared")."""
+    for name, value in section:
+        place = _place_of(type(section).model_fields[name])
+        if place and value:
+            yield f"{prefix}{name}", place, value
+        elif isinstance(value, Section):
+            yield from paths_of(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple):
+            for number, item in enumerate(value):
+                if isinstance(item, Section):
+                    yield from paths_of(item, f"{prefix}{name}[{number}].")
+
+
+def with_paths(section: SectionType, change: Callable[[Place, str], str]) -> SectionType:
+    """A copy in which every path that is set is what change() makes of it."""
+
+    def changed(value: Any, place: Place | None) -> Any:
+        if place and value:
+            return change(place, value)
+        if isinstance(value, Section):
+            return with_paths(value, change)
+        return tuple(changed(item, None) for item in value) if isinstance(value, tuple) else value
+
+    fields = type(section).model_fields
+    copied = {name: changed(value, _place_of(fields[name])) for name, value in section}
+    return section.model_copy(update={name: copied[name] for name, value in section if copied[name] != value})
+
+
+def _place_of(field: FieldInfo) -> Place | None:
+    """Of a field whose type, or one part of it, is marked by a Place."""
+
+    def marks(annotation: Any) -> Iterator[Any]:
+        yield from getattr(annotation, "__metadata__", ())
+        for part in get_args(annotation):
+            yield from marks(part)
+
+    return next((mark for mark in (*field.metadata, *marks(field.annotation)) if isinstance(mark, Place)), None)
 
 
 # May differ when a run goes on: where and how it runs, not what it computes. The batch keys are budgets of memory.

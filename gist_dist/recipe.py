@@ -6,16 +6,14 @@ Like config.py it imports neither torch nor ray.
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.plain_yaml import MAX_CHARACTERS, load_plain
 from gist_dist.common.text import SHORT
-from gist_dist.config import RunConfig, Section
-
-SectionType = TypeVar("SectionType", bound=Section)
+from gist_dist.config import RunConfig, SectionType
 
 
 def load_recipe(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

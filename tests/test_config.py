@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gist_dist import config as config_module
 from gist_dist.common.errors import UserError
 from gist_dist.common.text import SHORT
-from gist_dist.config import RunConfig
+from gist_dist.config import RunConfig, Section, _place_of, paths_of
 from gist_dist.recipe import load_recipe, packaged_recipes, parse_config
 
 MINIMAL = {"name": "run", "student": {"model": "m"}, "data": {"sources": [{"path": "pairs.jsonl"}]}}
@@ -189,3 +190,58 @@ def test_readers_of_recipes_are_still_found_in_config():
     assert gist_dist.load_recipe is recipe.load_recipe and gist_dist.__version__
     with pytest.raises(AttributeError, match="no attribute 'load_recipes'"):
         _ = config.load_recipes
+
+
+def test_every_path_of_a_recipe_is_found_by_its_type(tmp_path, monkeypatch):
+    """A field that takes paths and has no Place would stay relative on a worker, and be sent nowhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "student").mkdir()
+    config = parse_config(
+        {
+            "name": "tiny",
+            "output_dir": "runs",
+            "student": {"model": "student"},
+            "guide": {"model": "org/guide", "mode": "cache", "cache_dir": "s3://bucket/guide/"},
+            "data": {
+                "sources": [{"path": "a.jsonl"}, {"path": "b.jsonl"}],
+                "root": "data",
+                "cache_dir": "corpora",
+                "local_copy": "scratch",
+            },
+            "checkpoint": {"dir": "kept"},
+            "evaluate": {"local_tasks": "tasks"},
+        }
+    )
+    found = {key: (place.name, path) for key, place, path in paths_of(config)}
+    assert found == {
+        "output_dir": ("WRITTEN", "runs"),
+        "student.model": ("MODEL", "student"),
+        "guide.model": ("MODEL", "org/guide"),
+        "guide.cache_dir": ("WRITTEN", "s3://bucket/guide/"),
+        "data.sources[0].path": ("DATA", "a.jsonl"),
+        "data.sources[1].path": ("DATA", "b.jsonl"),
+        "data.root": ("DATA", "data"),
+        "data.cache_dir": ("WRITTEN", "corpora"),
+        "data.local_copy": ("NODE", "scratch"),
+        "checkpoint.dir": ("WRITTEN", "kept"),
+        "evaluate.local_tasks": ("READ", "tasks"),
+    }
+    absolute = {key: path for key, _, path in paths_of(config.absolute_paths())}
+    here = ("output_dir", "student.model", "data.cache_dir", "checkpoint.dir", "evaluate.local_tasks")
+    assert absolute == {key: str(tmp_path / path) if key in here else path for key, (_, path) in found.items()}
+    assert config.absolute_paths().absolute_paths() == config.absolute_paths()
+
+
+def test_no_field_takes_a_path_without_saying_which():
+    """_usable_path is what checks a path; where it stands, a Place stands too."""
+
+    classes = [found for found in vars(config_module).values() if isinstance(found, type)]
+    fields = {
+        f"{section.__name__}.{name}": field
+        for section in classes
+        if issubclass(section, Section)
+        for name, field in section.model_fields.items()
+    }
+    paths = {name for name, field in fields.items() if "_usable_path" in repr((field.annotation, field.metadata))}
+    assert "RunConfig.output_dir" in paths and "GuideConfig.model" in paths and len(paths) > 9
+    assert not {name for name in paths if _place_of(fields[name]) is None}

@@ -6,7 +6,7 @@ import time
 import ray
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import ClusterConfig, RunConfig
+from gist_dist.config import ClusterConfig, Place, RunConfig, paths_of
 from gist_dist.on_ray.cluster.connect import check_resources, connected, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.doctor.bandwidth import measure_gather
 from gist_dist.on_ray.doctor.machine import Finding, Verdict, examine_machine
@@ -89,11 +89,8 @@ def _usual_workers(cluster: ClusterConfig, resources: dict[str, float], num_node
 
 
 def _shared_places(config: RunConfig | None, output_dir: str | None) -> dict[str, str]:
-    places = {"output_dir": output_dir or (config.output_dir if config else None)}
-    if config:
-        places |= {"data.cache_dir": config.data.cache_dir, "checkpoint.dir": config.checkpoint.dir}
-        places["guide.cache_dir"] = config.guide.cache_dir if config.guide else None
-    return {key: place for key, place in places.items() if place}
+    places = {key: path for key, place, path in paths_of(config) if place is Place.WRITTEN} if config else {}
+    return places | ({"output_dir": output_dir} if output_dir else {})
 
 
 def _versions() -> dict[str, str]:

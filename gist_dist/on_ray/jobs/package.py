@@ -13,7 +13,7 @@ from typing import Any
 
 import gist_dist
 from gist_dist.common.errors import UserError
-from gist_dist.config import RunConfig, SourceConfig
+from gist_dist.config import Place, RunConfig, SourceConfig, paths_of
 from gist_dist.data.places import find_files
 from gist_dist.data.sources import Source
 from gist_dist.on_ray.jobs.probe import measure
@@ -88,23 +88,13 @@ def check_places(config: RunConfig) -> None:
 
 def written_folders(config: RunConfig) -> dict[str, str]:
     """Recipe key → path or URI."""
-    folders = {
-        "output_dir": config.output_dir,
-        "checkpoint.dir": config.checkpoint.dir,
-        "data.cache_dir": config.data.cache_dir,
-        "guide.cache_dir": config.guide.cache_dir if config.guide else None,
-    }
-    return {key: folder for key, folder in folders.items() if folder}
+    return {key: path for key, place, path in paths_of(config) if place is Place.WRITTEN}
 
 
 def read_folders(config: RunConfig) -> dict[str, str]:
     """Recipe key → path, or what is a Hub id if there is no such path."""
-    folders = {
-        "student.model": config.student.model,
-        "guide.model": config.guide.model if config.guide else None,
-        "evaluate.local_tasks": config.evaluate.local_tasks,
-    }
-    return {key: folder for key, folder in folders.items() if folder and "://" not in folder}
+    read = (Place.MODEL, Place.READ)
+    return {key: path for key, place, path in paths_of(config) if place in read and "://" not in path}
 
 
 def asked_places(config: RunConfig) -> list[str]:
