@@ -28,7 +28,7 @@ from gist_dist.on_ray.train import worker
 from gist_dist.on_ray.train.controller import RetryPolicy
 from gist_dist.on_ray.train.failures import OutOfMemory, classify, memory_sentence, out_of_memory
 from gist_dist.on_ray.train.messages import CONTROLLER_EVENTS, RESIZE, STOP, post, withdraw
-from gist_dist.on_ray.train.worker import Wants
+from gist_dist.on_ray.train.worker import RunInputs, Wants
 from gist_dist.recipe import parse_config
 from gist_dist.runs.metrics_file import last_step
 
@@ -210,7 +210,7 @@ def one_rank_gives_up(payload):
 
     from gist_dist.common.errors import UserError
 
-    Path(payload["attempts"]).open("a").write(f"{dist.get_rank()}\n")
+    Path(payload["task"].inputs.corpus).open("a").write(f"{dist.get_rank()}\n")
     if dist.get_rank() == 1:
         raise UserError("guide.model: 'g' can't be read on this node; copy it there")
     dist.barrier()
@@ -220,7 +220,7 @@ def has_a_bug(payload):
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
-        Path(payload["attempts"]).open("a").write("x\n")
+        Path(payload["task"].inputs.corpus).open("a").write("x\n")
         raise ValueError("a shape that can't be")
     dist.barrier()
 
@@ -231,7 +231,7 @@ def dies_and_gets_on(payload):
 
     import torch.distributed as dist
 
-    metrics = Path(payload["recipe"]["output_dir"]) / payload["recipe"]["name"] / "metrics.jsonl"
+    metrics = Path(payload["task"].recipe["output_dir"]) / payload["task"].recipe["name"] / "metrics.jsonl"
     done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     for step in range(done + 1, 10):
         dist.barrier()
@@ -261,8 +261,8 @@ def fitted(ray_session, tmp_path, monkeypatch):
         config = parse_config(tree)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         monkeypatch.setattr(module, "train_worker", function)
-        payload = {"attempts": str(tmp_path / "attempts")}
-        return module.fit(config, payload, ray_session, StopRequests()), config
+        inputs = RunInputs(corpus=str(tmp_path / "attempts"))  # where these train functions count
+        return module.fit(config, inputs, ray_session, StopRequests()), config
 
     yield run
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

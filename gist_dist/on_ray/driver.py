@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.events import phase
@@ -23,6 +23,7 @@ from gist_dist.on_ray.tasks.precompute import precompute
 from gist_dist.on_ray.tasks.prepare import prepare_on_ray
 from gist_dist.on_ray.tasks.triplets import resolve_classification
 from gist_dist.on_ray.train.fit import fit
+from gist_dist.on_ray.train.worker import RunInputs
 from gist_dist.planning.outline import outline
 from gist_dist.report import Summary, build_report
 from gist_dist.report.model_card import write_model_card
@@ -68,15 +69,9 @@ def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Sum
                 mined = None
                 if config.data.mine and prepared.guide:
                     _, mined = mine_for_training(config, prepared.corpus, prepared.guide, resources)
-                payload = {
-                    "corpus": prepared.corpus.place,
-                    "clusters": prepared.corpus.clusters and prepared.corpus.clusters.name,
-                    "mined": mined,
-                    "guide_cache": _cache_of(config, prepared.guide),
-                    "lock": lock.token,
-                }
+                inputs = _inputs(config, prepared, mined, lock.token)
                 with stop_requests() as requests:
-                    outcome = fit(config, payload, resources, requests, lock.check)
+                    outcome = fit(config, inputs, resources, requests, lock.check)
                 if outcome == "stopped":
                     raise Stopped(f"stopped with a checkpoint, {run.folder}")
                 run.mark_trained()
@@ -163,8 +158,14 @@ def _models(config: RunConfig, run: RunFolder) -> dict[str, str]:
     return models
 
 
-def _cache_of(config: RunConfig, guide: Guide | None) -> dict[str, Any] | None:
-    """Which guide's cache the workers open."""
-    if guide is None or config.guide_mode != "cache":
-        return None
-    return {"fingerprint": guide_fingerprint(guide), "width": guide.width}
+def _inputs(config: RunConfig, prepared: Prepared, mined: str | None, lock: str) -> RunInputs:
+    """mined: the kept array of data.mine. The guide's cache is named where workers read it in place of the model."""
+    corpus, guide = prepared.corpus, prepared.guide if config.guide_mode == "cache" else None
+    return RunInputs(
+        corpus=corpus.place,
+        lock=lock,
+        clusters=corpus.clusters.name if corpus.clusters else None,
+        mined=mined,
+        guide_fingerprint=guide_fingerprint(guide) if guide else None,
+        guide_width=guide.width if guide else 0,
+    )

@@ -17,7 +17,7 @@ from gist_dist.config import RunConfig
 from gist_dist.on_ray.cluster.connect import ClusterWatch, address_of, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.train.failures import classify, last_line, memory_remedy, memory_sentence
 from gist_dist.on_ray.train.messages import CONTROLLER_EVENTS, READY, RESIZE, STOP, post, withdraw
-from gist_dist.on_ray.train.worker import LOG_NAME, train_worker
+from gist_dist.on_ray.train.worker import LOG_NAME, RunInputs, WorkerTask, train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +29,14 @@ RESIZE_INTERVAL_S = 60.0
 
 def fit(
     config: RunConfig,
-    payload: dict[str, Any],
+    inputs: RunInputs,
     resources: dict[str, float],
     requests: StopRequests,
     check: Callable[[], None] = lambda: None,
 ) -> str:
     """Train on Ray's workers: "finished", or "stopped" with a checkpoint where requests or a STOP file asked for it.
 
-    payload: what train_worker needs beside the recipe. check() is called several times a second and may raise.
+    check() is called several times a second and may raise.
     Raises UserError; KeyboardInterrupt when the user insists, or has asked to stop and the cluster is gone.
     """
     run_dir, cluster = config.run_dir, config.cluster
@@ -48,7 +48,7 @@ def fit(
     told = bounds, plural(cluster.max_workers, "worker")
     logger.info("starting %s%s on Ray", *told, extra=phase(TRAINING))
     watch = ClusterWatch(cluster, cpus, gpus)
-    training = _Thread(lambda: _trainer(config, payload, cpus, gpus).fit())  # the constructor asks the head as well
+    training = _Thread(lambda: _trainer(config, inputs, cpus, gpus).fit())  # the constructor asks the head as well
     try:
         with _following(logs / EVENTS, logs / CONTROLLER_EVENTS), watch:
             training.start()
@@ -86,7 +86,7 @@ def _attend(
             logger.info("%s: stopping after this step, with a checkpoint%s", requests.requested, again)
 
 
-def _trainer(config: RunConfig, payload: dict[str, Any], cpus: float, gpus: float) -> Any:
+def _trainer(config: RunConfig, inputs: RunInputs, cpus: float, gpus: float) -> Any:
     import ray.train
 
     from gist_dist.on_ray.cluster.network import NodeTorchConfig
@@ -97,12 +97,8 @@ def _trainer(config: RunConfig, payload: dict[str, Any], cpus: float, gpus: floa
     is_elastic = cluster.min_workers < cluster.max_workers
     return trainer_class(
         train_worker,
-        train_loop_config=payload
-        | {
-            "recipe": config.model_dump(mode="json"),
-            "use_gpu": gpus > 0,
-            "threads": max(1, int(cpus)),
-            "resize_patience_s": 600.0,
+        train_loop_config={
+            "task": WorkerTask(config.model_dump(mode="json"), inputs, use_gpu=gpus > 0, threads=max(1, int(cpus)))
         },
         torch_config=NodeTorchConfig(
             backend="nccl" if gpus > 0 else "gloo", timeout_s=int(max(GROUP_TIMEOUT_S, cluster.hang_timeout_s))

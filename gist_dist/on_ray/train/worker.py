@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,36 @@ LAST_CALL_SECONDS = 15.0
 """So long before an announced end a second checkpoint is written, if the first came at least as long before that."""
 
 
-def train_worker(payload: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class RunInputs:
+    """What the driver has prepared for a run, and its workers open."""
+
+    corpus: str
+    """Its place, a path or URI."""
+    lock: str | None = None
+    """Token of the command that holds the run's folder."""
+    clusters: str | None = None
+    """Name of the kept array that batches of neighbours are made by."""
+    mined: str | None = None
+    """Name of the kept array of mined negatives."""
+    guide_fingerprint: str | None = None
+    guide_width: int = 0
+    """Of the guide whose cache stands in for the model; no fingerprint: no cache."""
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """All that a worker is told."""
+
+    recipe: dict[str, Any]
+    inputs: RunInputs
+    use_gpu: bool
+    threads: int
+    """Of its computation on a CPU."""
+    resize_patience_s: float = 600.0
+
+
+def train_worker(payload: dict[str, WorkerTask]) -> str:
     """Load what a worker hosts and train: "finished", or "stopped" with a checkpoint.
 
     What a rank raises ends all ranks as soon as Ray's controller looks; its RetryPolicy decides what then.
@@ -43,35 +73,38 @@ def train_worker(payload: dict[str, Any]) -> str:
     from gist_dist.recipe import parse_config
     from gist_dist.training.trainer import train
 
-    config = parse_config(payload["recipe"])
+    task = payload["task"]  # Ray hands over a dict
+    config, inputs = parse_config(task.recipe), task.inputs
     world = World.current()
     _log_to_file(config.run_dir, world.rank)
-    device = _prepare_device(payload, config.cluster.deterministic)
-    wants = Wants(config.run_dir, world.rank, payload.get("lock"))
+    device = _prepare_device(task, config.cluster.deterministic)
+    wants = Wants(config.run_dir, world.rank, inputs.lock)
     observe = OperatorMetrics(config.name) if world.rank == 0 else None
     try:
         student = Student(config.student, device)
         guide: Guide | GuideCache | None = None
-        if payload["guide_cache"]:
-            guide = GuideCache(config.guide_cache_dir, **payload["guide_cache"], local_copy=config.data.local_copy)
+        if inputs.guide_fingerprint:
+            guide = GuideCache(
+                config.guide_cache_dir, inputs.guide_fingerprint, inputs.guide_width, config.data.local_copy
+            )
         elif config.has_guide_model:
             guide = Guide(config.guide_or_student, device)
-        corpus = open_corpus(config, payload["corpus"])
-        if payload["clusters"]:
-            corpus.clusters = read_clusters(config, payload["clusters"])
-        if payload["mined"]:
-            corpus.adopt(read_array(config, MINED, payload["mined"]))
-            corpus.mined_digest = digest_of(payload["mined"])
+        corpus = open_corpus(config, inputs.corpus)
+        if inputs.clusters:
+            corpus.clusters = read_clusters(config, inputs.clusters)
+        if inputs.mined:
+            corpus.adopt(read_array(config, MINED, inputs.mined))
+            corpus.mined_digest = digest_of(inputs.mined)
         outcome = train(config, corpus, student, guide, world, wants, observe)
     except Exception as error:
         if not out_of_memory(error):
             raise
-        where = "a worker's GPU ran out of memory" if payload["use_gpu"] else "a worker ran out of memory"
+        where = "a worker's GPU ran out of memory" if task.use_gpu else "a worker ran out of memory"
         raise OutOfMemory(memory_sentence(config.batch, phase_of(error), where)) from error
     if outcome == "stopped" and broadcast_object(wants.is_resized, world):
         if world.rank == 0:
             post(config.run_dir, READY)
-        time.sleep(payload["resize_patience_s"])
+        time.sleep(task.resize_patience_s)
         raise RuntimeError("the workers were to be resized and were not")
     return outcome
 
@@ -133,15 +166,15 @@ def preemption_notice() -> Any:
     return get_train_context().preemption_context.preemption_info
 
 
-def _prepare_device(payload: dict[str, Any], deterministic: bool) -> "torch.device":
+def _prepare_device(task: WorkerTask, deterministic: bool) -> "torch.device":
     """This worker's GPU (all of a node's are visible to each of its workers), or the CPU with its share of threads."""
     import torch
     from ray.train.torch import get_device
 
     from gist_dist.core.device import prepare_cuda
 
-    if not payload["use_gpu"]:
-        torch.set_num_threads(payload["threads"])
+    if not task.use_gpu:
+        torch.set_num_threads(task.threads)
         keep_freed_memory()
         return torch.device("cpu")
     device = get_device()
