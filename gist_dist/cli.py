@@ -15,7 +15,7 @@ from gist_dist.common.redact import Redacting, printable
 from gist_dist.common.signals import handled
 from gist_dist.common.version import __version__
 from gist_dist.config import EvaluateConfig, RunConfig
-from gist_dist.recipe import load_recipe, packaged_recipes, parse_section
+from gist_dist.recipe import load_recipe, packaged_recipes, parse_section, recipe_schema
 
 EXAMPLES = """examples:
   gist-dist train quickstart                         a packaged recipe
@@ -107,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, metavar="PAGE", help="of several runs: write there (default: beside them)")
     command.set_defaults(run=_report)
     _add_doctor(commands)
+    summary = "the JSON schema of a recipe, for editors"
+    command = commands.add_parser("schema", help=summary, description=f"Write {summary}; see docs/first-recipe.md.")
+    command.add_argument("--output", type=Path, metavar="FILE", help="write there (default: standard output)")
+    command.set_defaults(run=_schema)
     return parser
 
 
@@ -287,13 +291,22 @@ def _render(arguments: argparse.Namespace) -> int:
         raise UserError(f"cluster render {arguments.target}: name a recipe")
     else:
         text = render(arguments.target, _recipe(arguments), load_values(arguments.values))
-    if arguments.out is None:
+    return _write(text, arguments.out, "--out")
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    return _write(recipe_schema(), arguments.output, "--output")
+
+
+def _write(text: str, file: Path | None, option: str) -> int:
+    """To standard output without a file."""
+    if file is None:
         sys.stdout.write(text)
         return 0
     try:
-        arguments.out.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {arguments.out}: can't be written: {error.strerror}") from None
+        raise UserError(f"{option} {file}: can't be written: {error.strerror}") from None
     return 0
 
 

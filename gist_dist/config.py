@@ -161,7 +161,7 @@ class GuideConfig(Section):
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return [value] if isinstance(value, str | int) else value
 
 
 class Columns(Section):
@@ -172,7 +172,7 @@ class Columns(Section):
     positive: str | None = None
     """A text, or a list of them: then the row becomes one for each. Left out, 'positive' is taken, or pos, answer,
     response, positive_passages, sentence2, …"""
-    negatives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_list)] = None
+    negatives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_list, str | tuple[str, ...] | None)] = None
     """One list column, one text column, or several text columns; null and blanks mean no negative there. Left out,
     'negatives', 'negative', 'neg', 'negative_1', … are taken where the source has them; [] takes none."""
     prompt: str | None = None
@@ -543,7 +543,8 @@ class HubConfig(Section):
     license: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=50)
     """Of the model, as the Hub writes it: apache-2.0, cc-by-nc-4.0, ...; null: the card says that it is not stated."""
     language: Annotated[
-        tuple[Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")], ...], BeforeValidator(_as_list)
+        tuple[Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")], ...],
+        BeforeValidator(_as_list, str | tuple[str, ...]),
     ] = ()
     """ISO 639 codes: en, or [en, de]."""
 
@@ -575,6 +576,13 @@ class TrackingConfig(Section):
     mlflow: MlflowConfig | None = None
     report_texts: bool = True
     """false: the report shows no texts of the data; candidates that the guide took out are then only counted."""
+    profile_steps: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list, int | tuple[int, ...]), Field(max_length=100)
+    ] = ()
+    """Steps whose operations torch.profiler records: profile/step-00000010-rank-0.json.gz in the run folder. They take
+    longer than others, and their traces megabytes; the first steps are no measure of the rest."""
+    profile_ranks: Literal["first", "all"] = "first"
+    """Whose steps are recorded: rank 0's, or every worker's."""
     hub: HubConfig = HubConfig()
 
 

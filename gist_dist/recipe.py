@@ -4,6 +4,7 @@ Like config.py it imports neither torch nor ray.
 """
 
 import difflib
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def parse_section(section: type[SectionType], tree: dict[Any, Any], origin: str)
         return section.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(_explain(problem, origin) for problem in error.errors()[:5])) from None
+
+
+def recipe_schema() -> str:
+    """The JSON schema of a recipe, by which editors complete and check it; recipes/schema.json is it."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | RunConfig.model_json_schema()
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def packaged_recipes() -> list[str]:

@@ -128,13 +128,14 @@ optim: {learnin_rate: 0.1}
 """
 
 
-@pytest.mark.parametrize("case", ["help", "mistyped key", "mistyped override", "missing file"])
+@pytest.mark.parametrize("case", ["help", "schema", "mistyped key", "mistyped override", "missing file"])
 def test_command_line_answers_at_once(tmp_path, case):
     """In under a second where nothing else runs, without torch or ray."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE if case == "mistyped key" else RECIPE.replace("learnin_", "learning_"))
     arguments, answer = {
         "help": (["--help"], "usage: gist-dist"),
+        "schema": (["schema"], '"additionalProperties": false'),
         "mistyped key": (
             ["train", str(recipe)],
             "unknown key 'optim.learnin_rate'; did you mean 'learning_rate'?",
@@ -151,7 +152,7 @@ def test_command_line_answers_at_once(tmp_path, case):
         done = run_cli(arguments)
         seconds.append(time.perf_counter() - started)
         assert answer in done.stdout + done.stderr
-        assert done.returncode == (0 if case == "help" else 1)
+        assert done.returncode == (0 if case in ("help", "schema") else 1)
         loaded = done.stdout.rsplit("LOADED", 1)[1].split()
         assert "pydantic" in loaded and not {"torch", "ray", "transformers", "datasets", "numpy"} & set(loaded)
     assert min(seconds) < 2, seconds  # a busy machine is given twice the second

@@ -25,6 +25,7 @@ from gist_dist.training.mining_schedule import MiningSchedule
 from gist_dist.training.non_finite import tell_non_finite
 from gist_dist.training.observers import Observers
 from gist_dist.training.planned import Schedule, planned_steps
+from gist_dist.training.profiling import StepProfiler
 from gist_dist.training.run_state import RunState
 from gist_dist.training.train_state import RunTrainee
 from gist_dist.training.watchdog import Watchdog
@@ -89,6 +90,7 @@ def _train_steps(
     config, corpus, world, num_steps = trainee.config, trainee.corpus, trainee.world, sampler.num_steps
     watchdog = Watchdog(config.cluster.hang_timeout_s, config.run_dir / "logs" / f"hang-{world.rank}.txt")
     pace = Pace(world, is_on=config.cluster.deal_by_speed)
+    profiler = StepProfiler(config, world.rank, trainee.student.device)
     schedules, steps = (mining, guidance), range(done + 1, num_steps + 1)
     with closing(planned_steps(trainee, guidance, schedules, steps, lambda: pace.speeds, watchdog)) as planned:
         for step, batch, inputs, waited in planned:
@@ -96,7 +98,7 @@ def _train_steps(
             rate = learning_rate(step, num_steps, config.optim)
             set_learning_rate(trainee.optimizer, rate)
             shows = world.rank == 0 and masking_is_shown(config, step, num_steps)
-            with watchdog.watching(step):
+            with profiler.recording(step), watchdog.watching(step):
                 result = train_step(trainee, batch, inputs, keep_scored=shows)
             if result.non_finite:
                 _skip_or_stop(trainee, state, batch, result)
