@@ -30,15 +30,23 @@ def cluster_on_ray(config: RunConfig, corpus: Corpus, guide: Guide) -> RowCluste
             return nearest_centres(rows, centres, vectors)
         import ray
 
+        from gist_dist.on_ray.tasks.pool import Answer, Failed, Lost, Pool, failure
+
         with connected(config.cluster):
             task = ray.remote(num_cpus=1, max_retries=config.cluster.max_failures)(_assign)
             shared = ray.put(centres)
             parts = np.array_split(rows, -(-len(rows) // ROWS_OF_TASK))
-            try:
-                return np.concatenate(ray.get([task.remote(config, place, part, shared) for part in parts]))
-            except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None)
-                raise (cause if isinstance(cause, UserError) else UserError(f"clusters: {one_line(error)}")) from error
+            found: dict[int, np.ndarray] = {}
+            start = lambda number: task.remote(config, place, parts[number], shared)  # noqa: E731
+            with Pool(start, range(len(parts))) as pool:
+                for number, outcome in pool.outcomes():
+                    if isinstance(outcome, Failed):
+                        raise failure(outcome.cause, "clustering") from outcome.cause
+                    if isinstance(outcome, Lost):
+                        raise UserError(f"clusters: {one_line(outcome.error)}; run again") from outcome.error
+                    assert isinstance(outcome, Answer)
+                    found[number] = outcome.value
+            return np.concatenate([found[number] for number in range(len(parts))])
 
     return make_clusters(config, corpus, cache.fingerprint, vectors, assign)
 

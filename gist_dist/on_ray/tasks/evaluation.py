@@ -7,9 +7,7 @@ others go on, and what has a result already is not run again, so that starting o
 import contextlib
 import json
 import logging
-import math
 import os
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, no_type_check
@@ -20,7 +18,7 @@ from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
-    RayTaskError,
+    RayError,
     WorkerCrashedError,
 )
 
@@ -40,6 +38,7 @@ from gist_dist.evaluation.evaluate import (
 )
 from gist_dist.evaluation.tasks import check_tasks, estimated_characters
 from gist_dist.on_ray.cluster.connect import connected, gpus_per_worker
+from gist_dist.on_ray.tasks.pool import Answer, Failed, Late, Pool
 from gist_dist.report.mteb_export import Named, export_results
 
 logger = logging.getLogger(__name__)
@@ -70,22 +69,11 @@ class Job(NamedTuple):
     task: str
 
 
-class Attempt(NamedTuple):
-    job: Job
-    number: int
-    deadline: float = math.inf
-    """Of time.monotonic(); infinite until the task has started."""
-
-
 class Started(NamedTuple):
     """The first thing that a Ray task says; the second is the score."""
 
     process: int
     node: str
-
-
-class Lost(NamedTuple):
-    reason: str
 
 
 def evaluate_models(
@@ -217,49 +205,37 @@ def _outcomes(
     def start(job: Job) -> Any:
         return remote.remote(models[job.label], job.task, evaluate, folder / job.label)
 
-    limit_s = 60 * (evaluate.task_timeout_minutes or math.inf)
-    running = {start(job): Attempt(job, 1) for job in jobs}
-    try:
-        while running:
-            ready, now = _wait(running)
-            for generator in ready:
-                attempt, answer = running.pop(generator), _answer(generator)
-                if isinstance(answer, Started):
-                    logger.debug("%s %s runs in process %d on %s", *attempt.job, *answer)
-                    running[generator] = attempt._replace(deadline=now + limit_s)
-                elif not isinstance(answer, Lost):
-                    yield attempt.job, answer
-                elif attempt.number < MAX_ATTEMPTS:
-                    logger.warning("%s %s: %s; it is started again", *attempt.job, answer.reason)
-                    running[start(attempt.job)] = Attempt(attempt.job, attempt.number + 1)
-                else:
-                    remedy = f"if memory ran out, lower evaluate.batch_size = {evaluate.batch_size}"
-                    yield attempt.job, f"{answer.reason}, {MAX_ATTEMPTS} times in a row; {remedy}"
-            for generator in [g for g, attempt in running.items() if attempt.deadline <= now]:
-                ray.cancel(generator, force=True)
+    with Pool(start, jobs) as pool:
+        for job, outcome in pool.outcomes():
+            if isinstance(outcome, Answer) and isinstance(outcome.value, Started):
+                logger.debug("%s %s runs in process %d on %s", *job, *outcome.value)
+                if evaluate.task_timeout_minutes:
+                    pool.limit(job, 60 * evaluate.task_timeout_minutes)
+            elif isinstance(outcome, Answer):
+                pool.finish(job)
+                yield job, outcome.value
+            elif isinstance(outcome, Late):
                 minutes = f"evaluate.task_timeout_minutes = {evaluate.task_timeout_minutes:g}"
-                yield running.pop(generator).job, f"it was not done after {minutes} and was ended; raise it or set null"
-    finally:
-        for generator in running:
-            ray.cancel(generator, force=True)
+                yield job, f"it was not done after {minutes} and was ended; raise it or set null"
+            elif isinstance(outcome, Failed):
+                yield job, _told(outcome.cause)
+            elif (reason := _reason(outcome.error)) is None:
+                yield job, _told(outcome.error)
+            elif outcome.times < MAX_ATTEMPTS:
+                logger.warning("%s %s: %s; it is started again", *job, reason)
+                pool.again(job)
+            else:
+                remedy = f"if memory ran out, lower evaluate.batch_size = {evaluate.batch_size}"
+                yield job, f"{reason}, {MAX_ATTEMPTS} times in a row; {remedy}"
 
 
-def _wait(running: dict[Any, Attempt]) -> tuple[list[Any], float]:
-    """The Ray tasks that have something to say, none if a deadline comes first; and the time then."""
-    first = min(attempt.deadline for attempt in running.values())
-    timeout = None if math.isinf(first) else max(0.0, first - time.monotonic())
-    ready, _ = ray.wait(list(running), num_returns=1, timeout=timeout)
-    return ready, time.monotonic()
+def _reason(error: RayError) -> str | None:
+    """Why a task's process is gone; None for other errors of Ray, which would come again."""
+    return next((reason for kind, reason in LOST.items() if isinstance(error, kind)), None)
 
 
-def _answer(generator: Any) -> Started | Score | Lost | str:
-    try:
-        return ray.get(next(generator))
-    except tuple(LOST) as error:
-        return Lost(next(reason for kind, reason in LOST.items() if isinstance(error, kind)))
-    except Exception as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        return one_line(redact_text(str(cause) if isinstance(cause, UserError) else f"{type(cause).__name__}: {cause}"))
+def _told(error: Exception) -> str:
+    return one_line(redact_text(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"))
 
 
 def _resources(cluster: ClusterConfig) -> dict[str, float]:

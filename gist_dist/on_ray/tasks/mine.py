@@ -24,12 +24,11 @@ import pyarrow.parquet as pq
 import ray
 import torch
 import yaml
-from ray.exceptions import RayError, RayTaskError
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.events import phase
 from gist_dist.common.files import write_atomically
-from gist_dist.common.progress import PROGRESS_SECONDS, Progress, progress_of
+from gist_dist.common.progress import Progress, progress_of
 from gist_dist.common.redact import redact
 from gist_dist.common.text import one_line
 from gist_dist.config import Columns, GuideConfig, RunConfig, SourceConfig
@@ -50,6 +49,7 @@ from gist_dist.data.mining import (
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import GuideCache, guide_fingerprint
 from gist_dist.on_ray.cluster.connect import check_resources, connected, gpus_per_worker
+from gist_dist.on_ray.tasks.pool import Answer, Failed, Lost, Pool, failure
 from gist_dist.on_ray.tasks.precompute import precompute
 from gist_dist.on_ray.tasks.prepare import prepare_on_ray
 
@@ -225,23 +225,23 @@ def _search(
     place = (config.guide_cache_dir, guide_fingerprint(guide), guide.width, config.data.local_copy)
     shared, keys, call = ray.put(search), ray.put(corpus.guide_keys), uuid.uuid4().hex
     blocks = {folder / f"{block.start:012d}-{block.stop:012d}.npz": block for block in search.blocks()}
-    running = {
-        remote.remote(shared, keys, block, call, place, options, config.seed, config.batch.loss_gb, cpus, gpus): file
-        for file, block in blocks.items()
-        if not file.exists()
-    }
-    num_before, progress = len(blocks) - len(running), Progress(len(running), progress_of(logger, MINING))
-    try:
-        while running:
-            finished, _ = ray.wait(list(running), timeout=PROGRESS_SECONDS)
-            for reference in finished:
-                _save(running.pop(reference), _result(reference))
-            done = len(blocks) - len(running)
-            if done > num_before:
-                progress.reach(done - num_before, f"searched for {done} of {len(blocks)} blocks of anchors")
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)  # as in prepare
+    missing = [file for file in blocks if not file.exists()]
+    progress, done = Progress(len(missing), progress_of(logger, MINING)), len(blocks) - len(missing)
+    options_of_all = (call, place, options, config.seed, config.batch.loss_gb, cpus, gpus)
+    with Pool(lambda file: remote.remote(shared, keys, blocks[file], *options_of_all), missing) as pool:
+        for file, outcome in pool.outcomes():
+            if isinstance(outcome, Failed):
+                raise failure(outcome.cause, "mining") from outcome.cause
+            if isinstance(outcome, Lost):
+                raise UserError(
+                    f"mining: a worker was lost for good: {one_line(outcome.error)}; what is done is kept: run again, "
+                    "with a smaller batch.loss_gb if memory ran out"
+                ) from outcome.error
+            assert isinstance(outcome, Answer)
+            _save(file, outcome.value)
+            done += 1
+            line = f"searched for {done} of {len(blocks)} blocks of anchors"
+            progress.reach(done - len(blocks) + len(missing), line)
     for file in blocks:
         with np.load(file) as fields:
             yield Mined(**fields)
@@ -272,20 +272,6 @@ def _mine_block(
 def _opened(call: str, *place: Any) -> GuideCache:
     """Once for all blocks of a call that this process searches for; another call may find more shards."""
     return GuideCache(*place)
-
-
-def _result(reference: ray.ObjectRef[Any]) -> Mined:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from error
-        raise UserError(f"mining failed with {type(error.cause).__name__}: {one_line(error.cause)}") from error
-    except RayError as error:
-        raise UserError(
-            f"mining: a worker was lost for good: {one_line(error)}; what is done is kept: run again, with a "
-            "smaller batch.loss_gb if memory ran out"
-        ) from error
 
 
 def _save(file: Path, mined: Mined) -> None:

@@ -6,7 +6,6 @@ encode, and here the driver knows at any time which shard is whose. A lost actor
 
 import logging
 import platform
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +16,10 @@ import ray
 import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.events import phase
-from gist_dist.common.progress import PROGRESS_SECONDS, Say
+from gist_dist.common.progress import Say
 from gist_dist.common.storage import join, open_store
 from gist_dist.common.text import one_line, plural
 from gist_dist.config import GuideConfig, RunConfig
@@ -41,6 +39,7 @@ from gist_dist.models.guide_cache import (
 )
 from gist_dist.models.tokenizer import Tokens, token_keys
 from gist_dist.on_ray.cluster.connect import address_of, check_resources, connected, gpus_per_worker
+from gist_dist.on_ray.tasks.pool import Failed, Lost, Pool, failure
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +47,6 @@ IN_PROCESS_FLOPS = 2e12
 """So much the driver encodes by itself: a quarter of a minute of one core, less than actors take to start."""
 ACTOR_BYTES = 1e9
 """Memory of an actor beside twice the guide's weights."""
-LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 
 
 @dataclass(frozen=True)
@@ -121,15 +119,14 @@ def _precompute(config: RunConfig, inputs: _CorpusInputs | _GivenInputs, guide: 
         logger.info("guide cache: %s texts to encode, on %s", *told, extra=phase("guide embeddings"))
         remote: Any = ray.remote(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=0)(_Actor)
 
-        def start() -> ActorHandle[Any]:
-            return remote.remote(config, guide.config, cache.fingerprint, needs)
-
-        def encode(actor: ActorHandle[Any], number: int) -> ObjectRef[Any]:
-            shard = work.shards[number]
-            return actor.encode.remote(keys[shard], *inputs.for_actor(shard))
-
         done = Encoded(work, lengths, say)  # from here: not the seconds that Ray takes to start
-        _run_pool([start() for _ in range(num_actors)], start, encode, config.cluster.max_failures, done)
+        _encode_on(
+            num_actors,
+            lambda: remote.remote(config, guide.config, cache.fingerprint, needs),
+            lambda number: (keys[work.shards[number]], *inputs.for_actor(work.shards[number])),
+            config.cluster.max_failures,
+            done,
+        )
     cache.refresh()
     return Filled.of(cache, len(keys), work, done)
 
@@ -147,80 +144,72 @@ def _room(needs: dict[str, float], resources: dict[str, float], guide_bytes: int
     return max(1, int(min(resources.get(kind, np.inf) / each for kind, each in needs.items())))
 
 
-def _run_pool(
-    actors: list[ActorHandle[Any]],
+def _encode_on(
+    num_actors: int,
     start: Callable[[], ActorHandle[Any]],
-    encode: Callable[[ActorHandle[Any], int], ObjectRef[Any]],
+    shard: Callable[[int], tuple[Any, ...]],
     max_failures: int,
     done: Encoded,
 ) -> None:
-    """Every shard to the next actor that is free. A lost actor is replaced, and its shard is the next one again.
+    """Every shard of the work to the next actor that is free. A lost actor is replaced, and its shard is the next one.
 
-    UserError for what an actor raises, and for more than max_failures lost actors.
+    shard: its number → arguments of encode(). UserError for what an actor raises, and for more than max_failures lost
+    actors.
     """
-    waiting, num_lost = deque(range(len(done.texts_of))), 0
-    running: dict[ObjectRef[Any], tuple[ActorHandle[Any], int | None]] = {
-        actor.load.remote(): (actor, None) for actor in actors
-    }
+    free: list[ActorHandle[Any]] = []
+    busy: dict[int, ActorHandle[Any]] = {}
+
+    def encode(number: int) -> ObjectRef[Any]:
+        busy[number] = free.pop() if free else start()
+        return busy[number].encode.remote(*shard(number))
+
     try:
-        while waiting or any(shard is not None for _, shard in running.values()):
-            finished, _ = ray.wait(list(running), timeout=PROGRESS_SECONDS)
-            for reference in finished:
-                actor, shard = running.pop(reference)
-                try:
-                    ray.get(reference)
-                except RayTaskError as error:
-                    raise _as_user_error(error) from error
-                except LOST as error:
-                    num_lost += 1
+        with Pool(encode, range(len(done.texts_of)), num_actors, end=lambda reference: None) as pool:
+            for number, outcome in pool.outcomes():
+                if isinstance(outcome, Failed):
+                    raise failure(outcome.cause, "guide cache: encoding") from outcome.cause
+                if isinstance(outcome, Lost):
+                    ray.kill(busy.pop(number))
+                    num_lost = pool.losses.total()
                     if num_lost > max_failures:
                         raise UserError(
                             f"guide cache: {num_lost} actors were lost (cluster.max_failures = {max_failures}), the "
-                            f"last with: {one_line(error)}; run again for what is left, with a smaller "
+                            f"last with: {one_line(outcome.error)}; run again for what is left, with a smaller "
                             "batch.chunk_tokens if memory ran out"
-                        ) from error
-                    logger.warning("guide cache: an actor was lost and is replaced: %s", one_line(error))
-                    if shard is not None:
-                        waiting.appendleft(shard)
-                    actors.append(start())
-                    running[actors[-1].load.remote()] = actors[-1], None
+                        ) from outcome.error
+                    logger.warning("guide cache: an actor was lost and is replaced: %s", one_line(outcome.error))
+                    pool.again(number)
                     continue
-                if shard is not None:
-                    done.add(shard)
-                if waiting:
-                    shard = waiting.popleft()
-                    running[encode(actor, shard)] = actor, shard
+                free.append(busy.pop(number))
+                done.add(number)
     finally:
-        for actor in actors:
+        for actor in (*free, *busy.values()):
             ray.kill(actor)
 
 
-def _as_user_error(error: RayTaskError) -> UserError:
-    if isinstance(error.cause, UserError):
-        return error.cause
-    return UserError(f"guide cache: encoding failed with {type(error.cause).__name__}: {one_line(error.cause)}")
-
-
 class _Actor:
-    """Loads the guide once, encodes shards of work and writes them into the cache."""
+    """Loads the guide with its first shard, encodes shards of work and writes them into the cache."""
 
     def __init__(self, config: RunConfig, guide: GuideConfig, fingerprint: str, needs: dict[str, float]) -> None:
         self.config, self.guide_config, self.fingerprint, self.needs = config, guide, fingerprint, needs
         self.corpus: Corpus | None = None
+        self.guide: Guide | None = None
 
-    def load(self) -> None:
+    def _load(self) -> Guide:
         """Apart from the constructor, so that its errors are not wrapped into the actor's death."""
         torch.set_num_threads(max(1, int(self.needs["CPU"])))
-        self.guide = Guide(self.guide_config, "cuda" if "GPU" in self.needs else "cpu")
-        if guide_fingerprint(self.guide) != self.fingerprint:
+        guide = Guide(self.guide_config, "cuda" if "GPU" in self.needs else "cpu")
+        if guide_fingerprint(guide) != self.fingerprint:
             raise UserError(
                 f"guide.model: '{self.guide_config.model}' on node {platform.node()} is not what the driver has; put "
                 "the same files and the same version of transformers on every node"
             )
         self.store = open_store(join(self.config.guide_cache_dir, self.fingerprint))
+        return guide
 
     def encode(self, keys: Keys, place_or_ids: str | np.ndarray, texts_or_lengths: np.ndarray) -> None:
         """Inputs are the texts of a corpus, or token ids, joined, with the number of tokens of each."""
+        self.guide = self.guide or self._load()
         if isinstance(place_or_ids, str):
             self.corpus = self.corpus or open_corpus(self.config, place_or_ids)
             tokens = self.corpus.guide_tokens(texts_or_lengths)

@@ -49,50 +49,34 @@ def run_in_tasks(job: Job, tick: Callable[[int, int], None], max_in_flight: int)
     """A task for each part. UserError as it was raised in a task; one for a part that is lost again and again."""
     import ray
 
+    from gist_dist.on_ray.tasks.pool import Answer, Failed, Lost, Pool
+
     # Lost tasks are begun again here and not by Ray, which expects a task to yield the same things once more.
     # A lambda, as Ray does not see that a function which the tests' type checker has wrapped is a generator.
     remote: Any = ray.remote(num_cpus=1, max_retries=0, num_returns="streaming")
     task = remote(lambda shared, number: (yield from _run_part(shared, number)))
     shared = ray.put(job)
-    waiting = list(range(len(job.parts)))[::-1]
-    losses = dict.fromkeys(waiting, 0)
-    running: dict[Any, int] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < max_in_flight:
-                number = waiting.pop()
-                running[task.remote([shared], number)] = number
-            ready: list[Any] = ray.wait(list(running), num_returns=1, fetch_local=False)[0]
-            for stream in ready:
-                number = running[stream]
-                try:
-                    told: Any = ray.get(next(stream))
-                except StopIteration:
-                    del running[stream]
-                    continue
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from error
-                except ray.exceptions.RayError as error:  # its process, its node or what it yielded is lost
-                    del running[stream]
-                    losses[number] += 1
-                    reason = one_line(error, 200)
-                    if losses[number] > MAX_LOSSES:
-                        raise UserError(
-                            f"part {number} of the data was lost {losses[number]} times while it was prepared, at last "
-                            f"because: {reason}; see that its node has memory and disk left, and run again"
-                        ) from error
-                    logger.warning("part %d of the data was lost and is begun again: %s", number, reason)
-                    waiting.append(number)
-                    continue
-                if isinstance(told, UserError):
-                    raise told
-                if isinstance(told, int):
-                    tick(number, told)
-                else:
-                    yield number, told
-    finally:
-        for stream in running:
-            ray.cancel(stream, force=True)  # a process that is only interrupted may hold locks when its next task comes
+    with Pool(lambda number: task.remote([shared], number), range(len(job.parts)), max_in_flight) as pool:
+        for number, outcome in pool.outcomes():
+            if isinstance(outcome, Failed):
+                raise outcome.cause
+            if isinstance(outcome, Lost):  # its process, its node or what it yielded
+                reason = one_line(outcome.error, 200)
+                if outcome.times > MAX_LOSSES:
+                    raise UserError(
+                        f"part {number} of the data was lost {outcome.times} times while it was prepared, at last "
+                        f"because: {reason}; see that its node has memory and disk left, and run again"
+                    ) from outcome.error
+                logger.warning("part %d of the data was lost and is begun again: %s", number, reason)
+                pool.again(number)
+                continue
+            assert isinstance(outcome, Answer)
+            if isinstance(outcome.value, UserError):
+                raise outcome.value
+            if isinstance(outcome.value, int):
+                tick(number, outcome.value)
+            else:
+                yield number, outcome.value
 
 
 def _run_part(shared: list[Any], number: int) -> Iterator[int | Commit | UserError | None]:
