@@ -34,6 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hostile
 import hostile_data
 import tiny
+import zoo
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
@@ -216,6 +217,23 @@ def fuzz_runs(rng: random.Random, place: Path, shared: Path) -> str:
     json.dumps(contents, allow_nan=False, ensure_ascii=False).encode()
     render_report(found, contents, [])
     return "shown"
+
+
+def fuzz_models(rng: random.Random, place: Path, shared: Path) -> str:
+    """A student of tests/zoo.py, with damaged, missing and edited files: it is trained as it is saved, or refused."""
+    from gist_dist.config import StudentConfig
+    from gist_dist.models.encoder import Student, save_model
+
+    kind = zoo.drawn(rng)
+    folder = zoo.save(place / "model", kind)
+    for _ in range(rng.choice((0, 0, 1, 1, 2))):
+        hostile.damage_store(rng, folder)
+    student = Student(StudentConfig(model=str(folder), save_dtype=rng.choice(("fp32", "checkpoint"))))
+    try:
+        save_model(student, place / "saved")
+    except UserError as error:
+        raise Finding(f"{kind}: {error}") from error
+    return "equal"
 
 
 TARGETS: dict[str, Callable[[random.Random, Path, Path], str]] = {

@@ -28,7 +28,7 @@ from gist_dist.report import read_run, summarize
 
 CASES = {
     "yaml": 100, "recipes": 40, "sources": 60, "corpora": 25, "guide_caches": 60, "tasks": 40, "checkpoints": 60,
-    "reports": 4, "runs": 60,
+    "reports": 4, "runs": 60, "models": 20,
 }  # fmt: skip
 MENDED = ("guide_caches", "checkpoints", "reports")
 """Where what is damaged is made again, passed over or shown as it is."""

@@ -166,3 +166,9 @@ def test_the_last_token_without_an_end_is_spoken_of(tmp_path, caplog):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     Student(StudentConfig(model=str(folder)))
     assert "pools the last token, and its tokenizer puts no end token behind a text" in caplog.text
+
+
+def test_a_prompt_that_is_no_text_is_refused(tmp_path, plain):
+    model = model_with(plain, tmp_path / "model", {"prompts": {"query": ["old"]}})
+    with pytest.raises(UserError, match=r"has a prompt that is no text, 'query' in config_sentence_transformers\.json"):
+        Student(StudentConfig(model=str(model)))

@@ -37,7 +37,22 @@ def load(config: StudentConfig | GuideConfig, section: str, device: torch.device
     """UserError if there is no such model, or none that is fed token ids."""
     model = load_sentence_transformer(config, section, device)
     name, folder = str(config.model), _folder_of(str(config.model), config.revision)
+    try:
+        return _made_ready(model, config, name, section, folder)
+    except (AttributeError, TypeError, LookupError, ValueError) as error:  # what its files tell is no sense
+        raise UserError(f"{section}.model: '{name}' can't be used: {cause_of(error)}") from error
+
+
+def _made_ready(
+    model: "SentenceTransformer", config: StudentConfig | GuideConfig, name: str, section: str, folder: Path | None
+) -> Loaded:
     _refuse_other_kinds(model, name, section)
+    for prompt_name, text in model.prompts.items():
+        if not isinstance(text, str | None):
+            raise UserError(
+                f"{section}.model: '{name}' has a prompt that is no text, {prompt_name!r} in "
+                "config_sentence_transformers.json; mend it there"
+            )
     model.float()  # what is stored narrower loses nothing, and small steps then add up
     _ensure_padding(model, name, section)
     _refuse_tokens_beyond_the_table(model, name, section)
@@ -83,7 +98,7 @@ def load_sentence_transformer(
     except Exception as error:
         away = offline and isinstance(error, OSError)
         found = _folder_of(name, config.revision)
-        reason = (found and what_is_wrong(found)) or one_line(error)
+        reason = (found and what_is_wrong(found)) or cause_of(error)
         reason = "the Hub is out of reach and its cache hasn't it" if away else reason
         raise UserError(f"{section}.model: '{name}' can't be loaded: {reason}") from error
     if is_flash:
@@ -95,6 +110,18 @@ def load_sentence_transformer(
     if folder and (said := what_to_say(folder)):
         logger.warning("%s.model: '%s': %s", section, name, said)
     return model
+
+
+def cause_of(error: Exception) -> str:
+    """Of a library's error: what it says, where that says something."""
+    if isinstance(error, AttributeError | TypeError | LookupError):
+        import transformers
+
+        return (
+            f"its configuration files are damaged, or from a version that transformers {transformers.__version__} "
+            f"doesn't know ({type(error).__name__})"
+        )
+    return one_line(error)
 
 
 def transformer_of(model: "SentenceTransformer") -> Any:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.text import one_line
+from gist_dist.models.load import cause_of
 
 if TYPE_CHECKING:
     from gist_dist.models.encoder import Encoder, Student
@@ -45,7 +46,7 @@ def check_encoder(encoder: "Encoder") -> Measured:
             with encoder.autocast():
                 stock = {how: _stock(encoder.model, how, [SHORT, LONG]) for how in hows}
         except Exception as error:
-            raise UserError(f"{name} can't embed two texts: {one_line(error)}") from error
+            raise UserError(f"{name} can't embed two texts: {cause_of(error)}") from error
     if not bool(torch.isfinite(together).all()):
         raise UserError(f"{name} gives embeddings that are not finite; its weights are damaged, or its attention is")
     if (difference := _distance(alone, together)) > bound:
