@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from gist_dist.common.redact import redact_address
@@ -180,15 +180,18 @@ class Columns(Section):
     text: str | None = None
     """Of a classification set: its texts. With label, in place of the roles: the source is made into triplets."""
     label: str | None = None
-    """Of a classification set: the class of each text."""
+    """Of a classification set: the class of each text. Of other sources: rows with an equal value mean the same, and
+    are no negatives of each other (data.known_positives); null and blanks say nothing."""
     instructions: Literal["drop", "prepend"] | None = None
     """Cells are [instruction, text] pairs, as in MEDI, or conversations with a system message: drop takes the text
     alone, prepend both, joined."""
 
     @model_validator(mode="after")
     def _both(self) -> "Columns":
-        if (self.text is None) != (self.label is None):
-            raise ValueError("text and label go together: a classification set needs both")
+        if self.text is not None and self.label is None:
+            raise ValueError("text is set and label is not: a classification set needs both")
+        if self.text is not None and (self.anchor or self.positive or self.negatives):
+            raise ValueError("text is for a classification set, which has no roles; leave it out, or the roles")
         return self
 
     @property
@@ -259,6 +262,33 @@ class Triplets(Section):
     """How many nearest texts of the same label the positive is drawn from."""
 
 
+class Promotion(Section):
+    """Which false negatives become positives of the row, where loss.false_negatives is positive."""
+
+    margin: float = 0.0
+    """As loss.margin, for joining the positives; a negative one asks for candidates that are closer still."""
+    most: int = Field(default=1, ge=1, le=32)
+    """Candidates that join a row, the closest to the guide first; the others are dropped."""
+    weight: Literal["equal", "guide"] = "equal"
+    """equal: each counts as much as the row's own positive. guide: each by its guide score, the own positive too."""
+
+
+class SourceLoss(Section):
+    """The loss of one source's rows: every field that is null is as in the recipe's section loss."""
+
+    temperature: float | None = Field(default=None, gt=0)
+    margin: float | None = None
+    margin_kind: Literal["absolute", "relative"] | None = None
+    contrast_anchors: bool | None = None
+    contrast_positives: bool | None = None
+    in_batch: bool | None = None
+    negatives: Literal["all", "own"] | None = None
+    guard_negatives: bool | None = None
+    positives: Literal["mean", "sum"] | None = None
+    false_negatives: Literal["drop", "positive"] | None = None
+    promotion: Promotion | None = None
+
+
 class SourceConfig(Section):
     """One data set of training rows."""
 
@@ -287,6 +317,8 @@ class SourceConfig(Section):
     """A column whose every value makes a source of its own, as task_name in MEDI; each with this weight."""
     triplets: Triplets = Triplets()
     """For a classification set (columns.text and columns.label)."""
+    loss: SourceLoss = SourceLoss()
+    """Fields of the section loss that are others for its rows; in a mixed batch too."""
 
     @property
     def label(self) -> str:
@@ -333,6 +365,9 @@ class DataConfig(Section):
     mixed: rows of all sources are shuffled together. clustered: as homogeneous, and a batch holds rows that are
     neighbours to the guide, which are harder negatives; every row still comes once an epoch. Needs guide.model."""
     clustering: Clustering = Clustering()
+    known_positives: Literal["pairs", "clusters", "off"] = "pairs"
+    """What the data say to mean the same is no negative. pairs: texts that are anchor and positive of some row, and
+    texts of one columns.label. clusters: all texts that such pairs join, over any number of steps. off: neither."""
     mine: Mine | None = None
     """Hard negatives by the guide before training and, if asked, by the student as it goes; null: none. Needs
     guide.model."""
@@ -374,17 +409,6 @@ class BatchConfig(Section):
     """Gigabytes for one block of similarity scores (scored rows × candidates)."""
     gather_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of student embeddings sent between workers; the loss then sees them rounded, with one worker too."""
-
-
-class Promotion(Section):
-    """Which false negatives become positives of the row, where loss.false_negatives is positive."""
-
-    margin: float = 0.0
-    """As loss.margin, for joining the positives; a negative one asks for candidates that are closer still."""
-    most: int = Field(default=1, ge=1, le=32)
-    """Candidates that join a row, the closest to the guide first; the others are dropped."""
-    weight: Literal["equal", "guide"] = "equal"
-    """equal: each counts as much as the row's own positive. guide: each by its guide score, the own positive too."""
 
 
 class LossConfig(Section):
@@ -603,6 +627,22 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _losses(self) -> "RunConfig":
+        for number, source in enumerate(self.data.sources):
+            try:
+                self.loss_of(source)
+            except ValidationError as error:
+                raise ValueError(
+                    f"data.sources[{number}].loss: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+                ) from None
+        return self
+
+    def loss_of(self, source: SourceConfig) -> LossConfig:
+        """Of a source's rows."""
+        own = source.loss.model_dump(exclude_none=True)
+        return LossConfig(**self.loss.model_dump() | own) if own else self.loss
 
     @model_validator(mode="after")
     def _guided_data(self) -> "RunConfig":

@@ -10,7 +10,7 @@ import torch
 
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
-from gist_dist.core.candidates import BatchIndex, row_blocks
+from gist_dist.core.candidates import PARTS, BatchIndex, row_blocks
 from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import plan_batch
 from gist_dist.models.encoder import Guide
@@ -60,15 +60,15 @@ def test_counts_are_those_of_the_loss(tree, inspected):
     theirs = torch.from_numpy(encode_inputs(guide, corpus.guide_tokens(plan.texts), 128)).float()
     counts = gist_loss(ours, theirs, batch, row_blocks(batch, config.loss, 1e6), config.loss).counts
     expected = {
-        name: sum(float(n) for key, n in counts.items() if key.startswith(name)) for name in ("masked_", "cand")
+        name: sum(float(counts.get(f"{name}{part}", 0)) for part in PARTS) for name in ("masked_", "candidates_")
     }
 
     truth, cluster = module._known_clusters(config, corpus, 0)
     sample = module._Sample(config, corpus, rows, plan.texts, ours, theirs, cluster)
     assert truth == "pairs"
     (measured,) = [sample.measure(16)]
-    assert 0 < expected["masked_"] < expected["cand"]
-    assert measured["masked_fraction"] == pytest.approx(expected["masked_"] / expected["cand"])
+    assert 0 < expected["masked_"] < expected["candidates_"]
+    assert measured["masked_fraction"] == pytest.approx(expected["masked_"] / expected["candidates_"])
 
 
 def test_weights_are_those_of_a_loop_over_candidates(tree):

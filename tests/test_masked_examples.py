@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gist_dist.config import LossConfig
 from gist_dist.core.candidate_table import mean_guide_similarity
-from gist_dist.core.candidates import BatchIndex, row_blocks
+from gist_dist.core.candidates import PARTS, BatchIndex, row_blocks
 from gist_dist.core.collectives import World
 from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import plan_batch
@@ -86,8 +86,8 @@ def test_examples_are_what_the_loss_drops(stage, flags):
     plan, scored = scored_batch(corpus)
     found = masked_examples(corpus, plan, scored, loss, seed=0)
     counts = gist_loss(scored.student, scored.guide, scored.batch, row_blocks(scored.batch, loss, 1e9), loss).counts
-    total = {what: sum(int(n) for name, n in counts.items() if name.startswith(what)) for what in ("candid", "masked")}
-    assert (found["num_candidates"], found["num_masked"]) == (total["candid"], total["masked"])
+    total = {what: sum(int(counts.get(f"{what}_{part}", 0)) for part in PARTS) for what in ("candidates", "masked")}
+    assert (found["num_candidates"], found["num_masked"]) == (total["candidates"], total["masked"])
     assert (found["num_rows"], found["step"]) == (72, 3) and found["num_masked"] > 100
 
     dropped = brute_force(plan, scored, loss)

@@ -137,9 +137,9 @@ def test_a_classification_set_becomes_a_source_of_triplets(tmp_path, shared_data
     vectors = np.random.default_rng(0).normal(size=(len(texts), 32))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     triplets = make_triplets(labels, identity, vectors, config.triplets, seed=0)
-    write_triplets(tmp_path / "deep" / "banking.parquet", texts, triplets)
+    write_triplets(tmp_path / "deep" / "banking.parquet", texts, classes, triplets)
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["banking.parquet"]
-    assert pq.read_schema(tmp_path / "deep" / "banking.parquet").names == ["anchor", "positive", "negative"]
+    assert pq.read_schema(tmp_path / "deep" / "banking.parquet").names == ["anchor", "positive", "negative", "label"]
 
     made = triplet_source(config, tmp_path / "deep" / "banking.parquet")
     assert (made.label, made.weight, made.prompts) == ("banking", 2.0, config.prompts)
@@ -147,5 +147,6 @@ def test_a_classification_set_becomes_a_source_of_triplets(tmp_path, shared_data
     assert [(row.anchor, row.positive, *row.negatives) for row in rows] == [
         (texts[a], texts[p], texts[n]) for a, p, n in zip(*triplets, strict=True)
     ]
+    assert [row.label for row in rows] == [classes[a] for a in triplets[0]]
     label_of = dict(zip(texts, classes, strict=True))
     assert len(rows) > 6000 and all(label_of[row.anchor] != label_of[row.negatives[0]] for row in rows[:500])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gist_dist.config import LossConfig
 from gist_dist.core.candidates import BatchIndex, false_negatives
+from gist_dist.core.layout import Layout
 
 
 def mean_guide_similarity(batch: BatchIndex, guide: Float[Tensor, "u e"]) -> float:
@@ -21,11 +22,11 @@ def mean_guide_similarity(batch: BatchIndex, guide: Float[Tensor, "u e"]) -> flo
 
 
 class CandidateTable:
-    """All candidates of a batch side by side: those of ap, then aa, pp and an, as far as they are in use."""
+    """All candidates of a batch side by side, in the columns of Layout."""
 
     def __init__(self, batch: BatchIndex, guide: Float[Tensor, "u e"], loss: LossConfig) -> None:
         self.batch, self.guide, self.loss = batch, guide, loss
-        self.parts = batch.parts(loss)
+        self.parts, self.layout = batch.parts(loss), Layout(batch, loss)
         self.texts = torch.cat([texts for _, texts in self.parts.values()])
         self.block_of = [part for part, (_, texts) in self.parts.items() for _ in range(len(texts))]
 
@@ -45,7 +46,30 @@ class CandidateTable:
         return self.parts[self.block_of[column]][0][row]
 
     def masked(self, rows: Tensor) -> Bool[Tensor, "r c"]:
-        return false_negatives(self.scores(self.guide, rows), self.of_positive(self.guide, rows), self.loss)
+        """What the guide takes out, unless another rule does."""
+        masked = false_negatives(self.scores(self.guide, rows), self.of_positive(self.guide, rows), self.loss)
+        return masked & ~self._is_own_negative(rows) if self.loss.guard_negatives else masked
+
+    def left_out(self, rows: Tensor) -> Bool[Tensor, "r c"]:
+        """What is no candidate of a row: equal texts, known positives, other rows' negatives where only own count."""
+        out, groups = self.identical(rows), self.batch.groups
+        if groups is not None:
+            out |= groups[self.texts] == groups[self.batch.anchors[rows]].unsqueeze(1)
+        for pairs in (self.layout.known, self.layout.further):
+            row_of_pair, columns = (tensor.to(rows.device) for tensor in (pairs.rows, pairs.columns))
+            at, pair = (rows.unsqueeze(1) == row_of_pair).nonzero(as_tuple=True)
+            out[at, columns[pair]] = True
+        if self.loss.negatives == "own" and "an" in self.layout.columns:
+            columns = self.layout.columns["an"]
+            out[:, columns] |= ~self._is_own_negative(rows)[:, columns]
+        return out
+
+    def _is_own_negative(self, rows: Tensor) -> Bool[Tensor, "r c"]:
+        own = torch.zeros(len(rows), len(self.texts), dtype=torch.bool, device=rows.device)
+        if "an" in self.layout.columns:
+            assert self.batch.negative_rows is not None
+            own[:, self.layout.columns["an"]] = self.batch.negative_rows == rows.unsqueeze(1)
+        return own
 
     def identical(self, rows: Tensor) -> Bool[Tensor, "r c"]:
         """Candidates that leave by the rule for equal texts, whatever the guide says."""

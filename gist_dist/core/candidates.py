@@ -86,12 +86,12 @@ class BatchIndex:
     def parts(self, config: LossConfig) -> dict[str, tuple[Tensor, Tensor]]:
         """For each part in use: the texts that query (one a row) and the texts that are candidates."""
         parts = {"ap": (self.anchors, self.all_positives)} if config.in_batch else {}
+        if len(self.negatives):
+            parts["an"] = (self.anchors, self.negatives)
         if config.in_batch and config.contrast_anchors:
             parts["aa"] = (self.anchors, self.anchors)
         if config.in_batch and config.contrast_positives:
             parts["pp"] = (self.positives, self.all_positives)
-        if len(self.negatives):
-            parts["an"] = (self.anchors, self.negatives)
         return parts
 
 

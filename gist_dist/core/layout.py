@@ -31,7 +31,7 @@ class Layout:
         self.columns = dict[str, slice]()
         self.slices = list[tuple[str, slice, slice]]()
         """Part, place in the table and columns, piece by piece."""
-        for part in (part for part in starts if part in self.parts):
+        for part in self.parts:
             offset, count = self.anchor_width if part == "pp" else -first, len(self.parts[part][1])
             self.columns[part] = slice(starts[part] + offset, starts[part] + offset + count)
             for start in range(starts[part], starts[part] + count, slice_size(batch)):

@@ -11,9 +11,28 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from gist_dist.config import LossConfig
+
 CHUNK_START_TOKENS = {"cpu": 32, "cuda": 4096}
 """What starting one more chunk costs, in tokens' worth of encoding, by kind of device: weighs short chunks against
 padding. A GPU waits for the host's hundreds of launches a chunk."""
+
+
+@runtime_checkable
+class Rules(Protocol):
+    """What the data say of rows beside their texts; data/row_rules.py has it."""
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """Of every text: equal for texts of one label or cluster."""
+
+    def in_order(self, rows: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, tuple[tuple[range, LossConfig], ...]]:
+        """The rows with those of equal loss together, and where those are."""
+
+    def known(
+        self, anchors: np.ndarray, positives: np.ndarray, table: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Rows, ascending, and places in the table whose text is a known positive of the row."""
 
 
 @runtime_checkable
@@ -27,8 +46,19 @@ class PreparedRows(Protocol):
     @property
     def positives(self) -> np.ndarray: ...
 
+    @property
+    def source(self) -> np.ndarray:
+        """Number of every row's source."""
+
+    @property
+    def rules(self) -> "Rules": ...
+
     def negatives_of(self, rows: np.ndarray) -> np.ndarray:
         """Text numbers of all hard negatives of these rows."""
+
+    @property
+    def num_negatives(self) -> np.ndarray:
+        """Hard negatives of every row."""
 
     @property
     def identity(self) -> np.ndarray:
@@ -94,6 +124,8 @@ class BatchPlan:
     positives: np.ndarray
     negatives: np.ndarray
     """Positions in texts: [g], [g] and [n] for the hard negatives of all rows."""
+    negative_rows: np.ndarray
+    """The row of the batch that each hard negative belongs to [n]."""
     identity: np.ndarray
     """Equal for texts with the same student token ids [u]."""
     student_chunks: tuple[Chunk, ...]
@@ -105,6 +137,12 @@ class BatchPlan:
     """Of guide_inputs; empty where no guide encodes within the step."""
     guide_embeddings: np.ndarray | None = None
     """Of guide_inputs, where they come from the cache [v e]."""
+    known: tuple[np.ndarray, np.ndarray] | None = None
+    """Rows of the batch, and places in its table of texts that are known positives of them; see BatchIndex."""
+    groups: np.ndarray | None = None
+    """Equal for texts of one label or cluster [u]."""
+    sections: tuple[tuple[range, LossConfig], ...] = ()
+    """Rows with a loss of their own."""
 
     @cached_property
     def num_tokens(self) -> int:
@@ -123,6 +161,7 @@ def plan_batch(corpus: PreparedRows, rows: np.ndarray, step: int, rule: ChunkRul
     def cut(lengths: np.ndarray, is_packed: bool) -> tuple[Chunk, ...]:
         return pack_chunks(lengths, rule.tokens) if is_packed else cut_chunks(lengths, rule.tokens, rule.start_tokens)
 
+    rows, sections = corpus.rules.in_order(rows, corpus.source)
     anchors, positives, negatives = corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)
     texts, positions = np.unique(np.concatenate([anchors, positives, negatives]), return_inverse=True)
     _, first, input_of = np.unique(corpus.guide_keys[texts, 0], return_index=True, return_inverse=True)
@@ -135,11 +174,15 @@ def plan_batch(corpus: PreparedRows, rows: np.ndarray, step: int, rule: ChunkRul
         anchors=positions[:g],
         positives=positions[g : 2 * g],
         negatives=positions[2 * g :],
+        negative_rows=np.repeat(np.arange(g), corpus.num_negatives[rows]),
         identity=np.unique(corpus.identity[texts], return_inverse=True)[1],
         student_chunks=cut(corpus.student_lengths[texts], rule.packs_student),
         guide_inputs=guide_inputs,
         guide_input_of=input_of,
         guide_chunks=cut(corpus.guide_lengths[guide_inputs], rule.packs_guide) if with_guide else (),
+        known=corpus.rules.known(anchors, positives, np.concatenate([positives, negatives, anchors])),
+        groups=None if corpus.rules.groups is None else corpus.rules.groups[texts],
+        sections=sections,
     )
 
 

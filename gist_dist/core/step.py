@@ -182,7 +182,7 @@ def train_step(
     with clock("guide"):
         guide_rows = _guide_rows(trainee, plan, inputs, student_rows)
     with clock("loss"):
-        batch = _batch_index(plan, student_rows.device)
+        batch = batch_index(plan, student_rows.device)
         blocks = row_blocks(batch, config.loss, config.batch.loss_gb * 1e9)
         share = gist_loss(student_rows, guide_rows, batch, blocks[world.rank :: world.size], config.loss)
     with clock("scatter"):
@@ -262,9 +262,17 @@ def _dealt_order(chunks: tuple[Chunk, ...], hands: list[list[int]]) -> tuple[np.
     return np.concatenate([chunks[c].texts for hand in hands for c in hand]), counts
 
 
-def _batch_index(plan: BatchPlan, device: torch.device) -> BatchIndex:
-    arrays = (plan.anchors, plan.positives, plan.negatives, plan.identity)
-    return BatchIndex(*(torch.from_numpy(array) for array in arrays)).to(device)
+def batch_index(plan: BatchPlan, device: torch.device) -> BatchIndex:
+    """What the loss has to know of a plan."""
+    known_rows, known_places = (None, None) if plan.known is None else map(torch.from_numpy, plan.known)
+    return BatchIndex(
+        *(torch.from_numpy(array) for array in (plan.anchors, plan.positives, plan.negatives, plan.identity)),
+        negative_rows=torch.from_numpy(plan.negative_rows),
+        known_rows=known_rows,
+        known_places=known_places,
+        groups=None if plan.groups is None else torch.from_numpy(plan.groups),
+        sections=plan.sections,
+    ).to(device)
 
 
 class Clock:

@@ -32,6 +32,7 @@ from gist_dist.common.redact import redact
 from gist_dist.common.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store, sha256
 from gist_dist.config import ROLES, RunConfig
 from gist_dist.data.merge import Damaged, merge
+from gist_dist.data.row_rules import RowRules, row_rules
 from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
 from gist_dist.data.sources import Source, SourceReport, open_sources
 
@@ -47,7 +48,7 @@ SAY = progress_of(logger, PREPARING)
 FORMAT = 3
 KEY = re.compile(r"[0-9a-f]{20}")
 MERGED = re.compile(r"(part|index|rows)-")
-CONTENT = ("anchors", "positives", "negatives", "negative_offsets", "source", "identity", "guide_keys")
+CONTENT = ("anchors", "positives", "negatives", "negative_offsets", "source", "identity", "guide_keys", "label")
 """The arrays that batches are a function of."""
 Runner = Callable[[Job, Callable[[int, int], None]], Iterable[tuple[int, Commit | None]]]
 """Runs every part of a job, in any order, and gives its number and commit as soon as it is done. It calls the second
@@ -72,6 +73,8 @@ class Corpus:
         self.anchors, self.positives = arrays["anchors"], arrays["positives"]
         self.source, self.number = arrays["source"], arrays["number"]
         """Of every row: the index in manifest["sources"], and the number within the source as it was read."""
+        self.label = arrays.get("label")
+        """Of every row: equal for anchors of one columns.label, 0 for none. None where no source has labels."""
         self.identity, self.student_lengths = arrays["identity"], arrays["student_lengths"]
         n = self.num_texts
         self.guide_lengths = arrays.get("guide_lengths", np.broadcast_to(np.int32(0), n))
@@ -81,6 +84,8 @@ class Corpus:
         self._at = arrays["at"]
         """Position of every text in the texts files, one after the other."""
         self._texts = _TextFiles(folder, self.manifest["shards"])
+        self.recipe: RunConfig | None = None
+        """Whose rules the rows follow."""
         self.clusters: RowClusters | None = None
         """Where batches are filled by them (data.mixing: clustered)."""
         self.mined: np.ndarray | None = None
@@ -100,6 +105,16 @@ class Corpus:
     def texts_in_use(self) -> np.ndarray:
         """Numbers of the texts that some row has: all."""
         return np.arange(self.num_texts)
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Of the manifest: a split source is several."""
+        return self.manifest["sources"]
+
+    @cached_property
+    def rules(self) -> RowRules:
+        """Known positives, and the loss of each source."""
+        return RowRules() if self.recipe is None else row_rules(self.recipe, self)
 
     @property
     def source_names(self) -> list[str]:
@@ -259,7 +274,7 @@ def open_corpus(config: RunConfig, place: str, verify: bool = False) -> Corpus:
     verify: see Corpus."""
     store = open_store(place)
     if store.local and not config.data.local_copy:
-        return Corpus(store.local, verify=verify)
+        return _with_recipe(Corpus(store.local, verify=verify), config)
     try:
         content = store.read_bytes(MANIFEST)
         files = {name: digest for name, (digest, _) in unsealed(content)["files"].items()}
@@ -268,7 +283,12 @@ def open_corpus(config: RunConfig, place: str, verify: bool = False) -> Corpus:
     key = place.partition("?")[0].rsplit("/", 1)[-1]
     folder = copies_folder(config.data.local_copy, "corpora", key)
     local_copy(store, files | {MANIFEST: hashlib.sha256(content).hexdigest()}, folder)
-    return Corpus(folder, place)
+    return _with_recipe(Corpus(folder, place), config)
+
+
+def _with_recipe(corpus: Corpus, config: RunConfig) -> Corpus:
+    corpus.recipe = config
+    return corpus
 
 
 def run_in_process(job: Job, tick: Callable[[int, int], None]) -> Iterator[tuple[int, Commit | None]]:
@@ -287,7 +307,7 @@ def _inputs(config: RunConfig, sources: list[Source], student: "Encoder", guide:
         "sources": [
             {
                 "files": redact(source.fingerprint()),  # new credentials make no other data
-                "recipe": redact(source.config.model_dump(mode="json", exclude={"weight", "license"})),
+                "recipe": redact(source.config.model_dump(mode="json", exclude={"weight", "license", "loss"})),
                 "prompts": asdict(_prompts(source, student, guide)),
             }
             for source in sources

@@ -74,7 +74,7 @@ def merge(job: Job, store: Store, commits: Sequence[Commit], folder: Path) -> di
     text_starts = [0, *accumulate(sum(shard.batches) for shard in shards)]
     numbers = first_with_equal_key([paths[shard.index] for shard in shards], starts)
     sources = _Sources(job, commits)
-    arrays = _open_arrays(folder, job.guide is not None)
+    arrays = _open_arrays(folder, job.guide is not None, any(source.has_labels for source in job.sources))
     num_texts, which = 0, 0
     for part, commit in enumerate(commits):
         groups = sources.numbers_of_groups(part)
@@ -205,7 +205,7 @@ def _is_cut(index: pa.RecordBatch, lengths: str, tokenizer: TextTokenizer | None
     return _values(index, lengths) >= tokenizer.max_tokens
 
 
-def _open_arrays(folder: Path, with_guide: bool) -> dict[str, ArrayFile]:
+def _open_arrays(folder: Path, with_guide: bool, with_labels: bool) -> dict[str, ArrayFile]:
     def array(name: str, dtype: type, columns: int | None = None) -> ArrayFile:
         return ArrayFile(folder / f"{name}.npy", dtype, columns)
 
@@ -213,6 +213,8 @@ def _open_arrays(folder: Path, with_guide: bool) -> dict[str, ArrayFile]:
     arrays |= {"source": array("source", np.int32), "number": array("number", np.int64)}
     arrays |= {"identity": array("identity", np.int64), "at": array("at", np.int64)}
     arrays["student_lengths"] = array("student_lengths", np.int32)
+    if with_labels:
+        arrays["label"] = array("label", np.int64)
     if with_guide:
         arrays["guide_lengths"] = array("guide_lengths", np.int32)
         arrays["guide_keys"] = array("guide_keys", np.uint64, columns=2)
@@ -239,6 +241,9 @@ def _append_rows(
     arrays["positives"].append(numbers[_values(rows, "positive")])
     arrays["source"].append(groups[_values(rows, "group")])
     arrays["number"].append(row_offset + _values(rows, "number"))
+    if "label" in arrays:
+        has_label = "label" in rows.schema.names
+        arrays["label"].append(_values(rows, "label") if has_label else np.zeros(rows.num_rows, np.int64))
 
 
 def _fetch(store: Store, files: dict[str, list[Any]], folder: Path) -> dict[str, Path]:

@@ -174,6 +174,7 @@ class _OpenShard:
 
     def __init__(self, job: Job, part: int, folder: Path, commit: Commit, report: SourceReport) -> None:
         self.job, self.folder, self.commit, self.report = job, folder, commit, report
+        self.number = part
         self.source, self.part = job.sources[job.parts[part][0]], job.parts[part][1]
         self.prompts = job.prompts[job.parts[part][0]]
         self.numbers: dict[bytes, int] = {}
@@ -183,6 +184,8 @@ class _OpenShard:
         self.references, self.counts = array("i"), array("i")
         """Texts of all rows, joined (anchor, positive, negatives), and how many each row has."""
         self.row_numbers, self.groups = array("q"), list[str]()
+        self.labels = array("q")
+        """Of every row: equal for those of one label of the source, 0 for none."""
         self.batches: list[int] = []
         self.columns: list[dict[str, np.ndarray]] = []
         """Of every batch: what becomes the index, and what is wrong with the texts."""
@@ -200,6 +203,7 @@ class _OpenShard:
         self.counts.append(2 + len(row.negatives))
         self.row_numbers.append(row.number)
         self.groups.append(row.group or "")
+        self.labels.append(_label_key(self.job.parts[self.number][0], row.label))
         if len(self.pending) >= BATCH_TEXTS or self.pending_characters >= BATCH_CHARACTERS:
             self._write_batch()
 
@@ -283,7 +287,11 @@ class _OpenShard:
         row_numbers = np.frombuffer(self.row_numbers, np.int64)[kept]
         rows = [numbers[place == 0], numbers[place == 1], negatives, row_numbers, np.array(groups, np.int32)]
         index = [_as_column(values[name]) for name in INDEX_SCHEMA.names]
-        return pa.record_batch(index, INDEX_SCHEMA), pa.record_batch(list(map(pa.array, rows)), ROW_SCHEMA)
+        schema = ROW_SCHEMA
+        if self.source.has_labels:
+            rows.append(np.frombuffer(self.labels, np.int64)[kept])
+            schema = schema.append(pa.field("label", pa.int64()))
+        return pa.record_batch(index, INDEX_SCHEMA), pa.record_batch(list(map(pa.array, rows)), schema)
 
     def _report_unusable(self, state: np.ndarray, row_of: np.ndarray, place: np.ndarray) -> np.ndarray:
         """Which rows stay. state: what is wrong with the text of every reference."""
@@ -302,6 +310,13 @@ class _OpenShard:
         if len(files) == 1:
             return f"{self.source.files[files[0]].name} row {self.part.start + row}"
         return f"{self.report.name} row {row}"
+
+
+def _label_key(source: int, label: str | None) -> int:
+    if label is None:
+        return 0
+    digest = hashlib.blake2b(f"{source}\x00{label}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def _joined(prompts: tuple[str, ...], texts: tuple[str, ...]) -> list[str]:

@@ -40,6 +40,8 @@ class Row(NamedTuple):
     """Of the row within its part, from 0; unusable rows count. Rows made of one with several positives share it."""
     group: str | None = None
     """Value of the split_by column."""
+    label: str | None = None
+    """Value of the columns.label column."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ class Source:
     def _known_columns(self) -> set[str]:
         return {name for head in self.heads for name in head.columns}
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether rows say what they mean; see columns.label."""
+        return self.config.columns.label is not None
+
     def fingerprint(self) -> list[list[Any]]:
         """Changes whenever what would be read may have changed."""
         return self._of_files(lambda file: file.fingerprint())
@@ -169,9 +176,11 @@ class Source:
         for name, first, columns in self._read(part):
             count = len(columns[0])
             values = [_value(cell) for cell in columns.pop()] if has_groups else []
+            labels = list(map(_label, columns.pop())) if self.config.columns.label is not None else [None] * count
             anchors, positives, negatives, places = self._roles(columns)
             groups = [values[place] for place in places] if has_groups else repeat(None, len(places))
-            records = zip(anchors, positives, negatives, (number + place for place in places), groups, strict=True)
+            numbers, named = (number + place for place in places), (labels[place] for place in places)
+            records = zip(anchors, positives, negatives, numbers, groups, named, strict=True)
             report.rows_read += count
             report.rows_added += len(places) - count
             # Told for a whole batch at once: nearly all batches are fine, and then no row is looked at alone.
@@ -261,7 +270,9 @@ class Source:
             and not (self.config.filters != Filters() and any(map(self._out_of_bounds, texts)))
         )
 
-    def _complaint(self, anchor: Any, positive: Any, negatives: tuple[Any, ...], number: int, group: Any) -> str:
+    def _complaint(
+        self, anchor: Any, positive: Any, negatives: tuple[Any, ...], number: int, group: Any, _: Any
+    ) -> str:
         """Why a row can't be used; empty if it can."""
         for role, text in (("anchor", anchor), ("positive", positive), *(("negative", text) for text in negatives)):
             if reason := self._text_complaint(role, text):
@@ -321,6 +332,7 @@ class Source:
             wanted = [("columns.anchor", roles.anchor), ("columns.positive", roles.positive)]
             wanted += [("columns.negatives", name) for name in roles.negatives]
             wanted += [("columns.prompt", roles.prompt)] if roles.prompt is not None else []
+            wanted += [("columns.label", columns.label)] if columns.label is not None else []
             wanted += [("split_by", split_by)] if split_by is not None else []
         for setting, column in wanted:
             self._check_column(setting, column)
@@ -403,6 +415,12 @@ def _after_prompt(anchor: Any, prompt: Any) -> Any:
 
 def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= LONGEST_VALUE and (value.isascii() or _is_unicode(value))
+
+
+def _label(cell: Any) -> str | None:
+    """As text; None where there is none."""
+    value = _value(cell)
+    return value.strip() or None if isinstance(value, str) else None
 
 
 def _value(cell: Any) -> Any:

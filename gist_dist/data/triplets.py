@@ -94,11 +94,14 @@ def _outside(members: Int[np.ndarray, " c"], rank: Int[np.ndarray, " b"]) -> Int
     return rank + np.searchsorted(members - np.arange(len(members)), rank, side="right")
 
 
-def write_triplets(path: Path, texts: Sequence[str], triplets: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    """A parquet file of the columns anchor, positive and negative, whole or not there."""
+def write_triplets(
+    path: Path, texts: Sequence[str], labels: Sequence[str], triplets: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> None:
+    """A parquet file of the columns anchor, positive, negative and label (the anchor's), whole or not there."""
     column = pa.array(texts, pa.large_string())
     roles = ("anchor", "positive", "negative")
-    table = pa.table({role: column.take(pa.array(numbers)) for role, numbers in zip(roles, triplets, strict=True)})
+    columns = {role: column.take(pa.array(numbers)) for role, numbers in zip(roles, triplets, strict=True)}
+    table = pa.table(columns | {"label": pa.array(labels, pa.large_string()).take(pa.array(triplets[0]))})
     write_atomically(path, lambda aside: pa.parquet.write_table(table, aside, row_group_size=PART_ROWS))
 
 
@@ -107,7 +110,8 @@ def triplet_source(source: SourceConfig, path: Path | str) -> SourceConfig:
     return SourceConfig(
         path=str(path),
         name=source.label,
-        columns=Columns(negatives=("negative",)),
+        columns=Columns(negatives=("negative",), label="label"),
         prompts=source.prompts,
         weight=source.weight,
+        loss=source.loss,
     )

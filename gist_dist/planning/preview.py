@@ -243,6 +243,7 @@ class Preview:
             ("the run", f"{self.num_steps:,} steps = {epochs:,.2f} epochs = {self.num_steps * size:,} pairs seen"),
             ("mixing", f"{config.data.mixing}: {mixing[config.data.mixing]}"),
             *mined,
+            *[("known positives", line) for line in known_positives_lines(self.corpus)],
             ("shares", f"{shares}; no row comes again before all of its source came"),
             (
                 "same texts",

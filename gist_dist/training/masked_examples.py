@@ -8,7 +8,7 @@ number of the run depends on it.
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -66,25 +66,35 @@ def masked_examples(
     generator = torch.Generator(device).manual_seed(seed + plan.step)
     rows = torch.randperm(scored.batch.num_rows, generator=generator, device=device)[:MAX_ROWS].sort().values
     assert scored.guide is not None
-    table = CandidateTable(scored.batch, scored.guide, loss)
-    num_masked, num_identical, closest, drawn = 0, 0, [], []
-    for block in rows.split(_ROWS_AT_A_TIME):
-        identical = table.identical(block)
-        dropped = table.masked(block) & ~identical
+    tables = {own: CandidateTable(scored.batch, scored.guide, own) for own in scored.batch.configs(loss)}
+
+    def table_of(row: int) -> CandidateTable:
+        return tables[scored.batch.config_of(row, loss)]
+
+    num_masked, num_candidates, closest, drawn = 0, 0, [], []
+    sections = [torch.arange(own.start, own.stop, device=device) for own, _ in scored.batch.sections]
+    chosen_rows = [rows[torch.isin(rows, section)] for section in sections] or [rows]
+    for block in (block for some in chosen_rows for block in some.split(_ROWS_AT_A_TIME) if len(block)):
+        table = table_of(int(block[0]))
+        left_out = table.left_out(block)
+        dropped = table.masked(block) & ~left_out
         num_masked += int(dropped.count_nonzero())
-        num_identical += int(identical.count_nonzero())
+        num_candidates += left_out.numel() - int(left_out.count_nonzero())
         random = torch.rand(dropped.shape, generator=generator, device=device)
         closest += _best_of_each_row(block, table.scores(scored.student, block), dropped)
         drawn += _best_of_each_row(block, random, dropped)
     seen: set[tuple[int, int]] = set()
-    chosen = [("closest", pick) for pick in _first_distinct(table, closest, num_each, seen)]
-    chosen += [("random", pick) for pick in _first_distinct(table, drawn, num_each, seen)]
+    chosen = [("closest", pick) for pick in _first_distinct(table_of, closest, num_each, seen)]
+    chosen += [("random", pick) for pick in _first_distinct(table_of, drawn, num_each, seen)]
     return {
         "step": plan.step,
         "num_rows": len(rows),
-        "num_candidates": len(rows) * len(table.texts) - num_identical,
+        "num_candidates": num_candidates,
         "num_masked": num_masked,
-        "examples": [{"chosen": how} | _describe(corpus, plan, table, scored.student, *pick) for how, pick in chosen],
+        "examples": [
+            {"chosen": how} | _describe(corpus, plan, table_of(row), scored.student, row, column)
+            for how, (row, column) in chosen
+        ],
     }
 
 
@@ -96,11 +106,12 @@ def _best_of_each_row(rows: Tensor, keys: Float[Tensor, "r c"], dropped: Bool[Te
 
 
 def _first_distinct(
-    table: CandidateTable, picks: Iterable[_Pick], count: int, seen: set[tuple[int, int]]
+    table_of: Callable[[int], CandidateTable], picks: Iterable[_Pick], count: int, seen: set[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """(row, candidate) by falling key, leaving out pairs of texts that were seen, in either order."""
     chosen: list[tuple[int, int]] = []
     for _, row, column in sorted(picks, reverse=True):
+        table = table_of(row)
         query, candidate = int(table.query(row, column)), int(table.texts[column])
         pair = min(query, candidate), max(query, candidate)
         if len(chosen) < count and pair not in seen:

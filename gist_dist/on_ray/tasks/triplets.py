@@ -20,7 +20,7 @@ from gist_dist.on_ray.tasks.precompute import precompute_inputs
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 
 
 def resolve_classification(config: RunConfig, student: Student, guide: Guide | None) -> RunConfig:
@@ -59,7 +59,7 @@ def _key(config: RunConfig, source: Source, prompt: str, student: Student, guide
     inputs = {
         "format": FORMAT,
         "files": source.fingerprint(),
-        "recipe": source.config.model_dump(mode="json", exclude={"name", "weight", "prompts", "license"}),
+        "recipe": source.config.model_dump(mode="json", exclude={"name", "weight", "prompts", "license", "loss"}),
         "guide": [guide_fingerprint(guide), prompt],
         "student": student.fingerprint(),
         "seed": config.seed,
@@ -69,8 +69,8 @@ def _key(config: RunConfig, source: Source, prompt: str, student: Student, guide
 
 def _make(
     config: RunConfig, source: Source, prompt: str, student: Student, guide: Guide
-) -> tuple[list[str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The set's texts, and (anchor, positive, negative) as indices into them."""
+) -> tuple[list[str], list[str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The set's texts and labels, and (anchor, positive, negative) as indices into them."""
     started = time.monotonic()
     texts, labels = _labelled(config, source)
     tokens = guide.tokenize([prompt + text for text in texts])  # the anchors of the corpus: cached once for both
@@ -85,7 +85,7 @@ def _make(
     )
     numbers = (source.config.label, f"{len(triplets[0]):,}", f"{len(texts):,}", time.monotonic() - started)
     logger.info("%s: %s triplets of %s labelled texts in %.1f s", *numbers)
-    return texts, triplets
+    return texts, labels, triplets
 
 
 def _labelled(config: RunConfig, source: Source) -> tuple[list[str], list[str]]:

@@ -1,0 +1,157 @@
+"""What the data say of rows beside their texts: who is known to mean the same, and which loss a source's rows have."""
+
+# Axes:  t texts of the corpus   r its rows   i distinct ids of texts   k pairs
+#        g rows of a batch       p places in its table of texts
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from gist_dist.common.text import plural
+from gist_dist.config import LossConfig, RunConfig
+
+if TYPE_CHECKING:
+    from gist_dist.data.corpus import Corpus
+
+
+@dataclass(frozen=True)
+class KnownPairs:
+    """Ids of texts that stand together as anchor and positive of some row, in either order, as CSR."""
+
+    starts: Int[np.ndarray, " i1"]
+    """Where the partners of each id begin; one more than there are ids."""
+    partners: Int[np.ndarray, " k"]
+
+    @classmethod
+    def of(cls, anchors: Int[np.ndarray, " r"], positives: Int[np.ndarray, " r"], num_ids: int) -> "KnownPairs":
+        """anchors, positives: ids of the rows' texts."""
+        differ = anchors != positives
+        one, other = anchors[differ].astype(np.int64), positives[differ].astype(np.int64)
+        pairs = np.unique(np.concatenate([one * num_ids + other, other * num_ids + one]))
+        starts = np.searchsorted(pairs, np.arange(num_ids + 1, dtype=np.int64) * num_ids)
+        return cls(starts, pairs % num_ids)
+
+    def places(
+        self, anchors: Int[np.ndarray, " g"], positives: Int[np.ndarray, " g"], table: Int[np.ndarray, " p"]
+    ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+        """Rows, ascending, and places whose text is a partner of the row's anchor or positive and equals neither.
+
+        All arguments are ids: of the rows' texts, and of the table that candidates stand in.
+        """
+        rows = np.arange(len(anchors))
+        found = [self._partners(ends, rows, others) for ends, others in ((anchors, positives), (positives, anchors))]
+        row, partner = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        if not len(row):
+            return row, partner
+        order = np.argsort(table, kind="stable")
+        sorted_table = table[order]
+        first, last = (np.searchsorted(sorted_table, partner, side=side) for side in ("left", "right"))
+        counts = last - first
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        pairs = np.repeat(row, counts) * len(table) + order[np.repeat(first, counts) + within]
+        return np.divmod(np.unique(pairs), len(table))
+
+    def _partners(
+        self, ends: Int[np.ndarray, " g"], rows: Int[np.ndarray, " g"], others: Int[np.ndarray, " g"]
+    ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+        """Rows, and partners of their ends, but for the row's own other end; most rows have none."""
+        counts = self.starts[ends + 1] - self.starts[ends]
+        some = np.flatnonzero(counts > 1)
+        ends, rows, others, counts = ends[some], rows[some], others[some], counts[some]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        partners = self.partners[np.repeat(self.starts[ends], counts) + within]
+        kept = partners != np.repeat(others, counts)
+        return np.repeat(rows, counts)[kept], partners[kept]
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """Of a corpus. Whatever is None or empty is no rule there."""
+
+    ids: Int[np.ndarray, " t"] | None = None
+    """Of every text: equal for texts that the student can't tell apart, without gaps."""
+    pairs: KnownPairs | None = None
+    groups: Int[np.ndarray, " t"] | None = None
+    """Of every text: equal for texts of one label or cluster, and negative where it is in none."""
+    losses: tuple[LossConfig, ...] = ()
+    """Of every source, where they differ."""
+
+    def in_order(self, rows: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, tuple[tuple[range, LossConfig], ...]]:
+        """The rows of a batch with those of equal loss together, and where those are. source: of every row."""
+        if not self.losses:
+            return rows, ()
+        distinct = list(dict.fromkeys(self.losses))
+        number = np.array([distinct.index(loss) for loss in self.losses])[source[rows]]
+        ends = np.cumsum(np.bincount(number, minlength=len(distinct))).tolist()
+        sections = zip([0, *ends], ends, distinct, strict=False)
+        return rows[np.argsort(number, kind="stable")], tuple((range(a, b), own) for a, b, own in sections if a < b)
+
+    def known(
+        self, anchors: Int[np.ndarray, " g"], positives: Int[np.ndarray, " g"], table: Int[np.ndarray, " p"]
+    ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]] | None:
+        """Known positives of a batch's rows: row, ascending, and place in the table; all given as texts."""
+        if self.pairs is None or self.ids is None:
+            return None
+        row, place = self.pairs.places(self.ids[anchors], self.ids[positives], self.ids[table])
+        if self.groups is not None:  # those are dropped as texts of one group
+            apart = self.groups[anchors[row]] != self.groups[table[place]]
+            row, place = row[apart], place[apart]
+        return (row, place) if len(row) else None
+
+
+def row_rules(config: RunConfig, corpus: "Corpus") -> RowRules:
+    """Of the corpus, as the recipe wants them."""
+    recipe = [config.data.sources[source.get("recipe_source", number)] for number, source in enumerate(corpus.sources)]
+    losses = tuple(config.loss_of(source) for source in recipe)
+    losses = losses if len(set(losses)) > 1 or set(losses) != {config.loss} else ()
+    kind = config.data.known_positives
+    if kind == "off":
+        return RowRules(losses=losses)
+    ids = np.unique(corpus.identity, return_inverse=True)[1]
+    num_ids = int(ids.max(initial=-1)) + 1
+    ends = ids[corpus.anchors], ids[corpus.positives]
+    joined = [ends] if kind == "clusters" else []
+    if corpus.label is not None:
+        joined.append(_of_one_label(ends[0], corpus.label))
+    groups = _groups(joined, num_ids)[ids] if joined else None
+    pairs = KnownPairs.of(*ends, num_ids) if kind == "pairs" else None
+    return RowRules(ids, pairs, groups, losses)
+
+
+def known_positives_lines(corpus: "Corpus") -> list[str]:
+    """What the rules found, for the plan and the log."""
+    rules, lines = corpus.rules, []
+    if rules.pairs is not None:
+        several = int((np.diff(rules.pairs.starts) > 1).sum())
+        lines.append(f"{plural(several, 'text')} of {len(rules.pairs.starts) - 1:,} stand in several pairs")
+    if rules.groups is not None:
+        sizes = np.bincount(rules.groups[rules.groups >= 0])
+        largest = f", the largest of {plural(int(sizes.max()), 'text')}" if len(sizes) else ""
+        lines.append(f"{plural(len(sizes), 'cluster')} of texts that mean the same{largest}")
+    return lines
+
+
+def _of_one_label(
+    anchors: Int[np.ndarray, " r"], labels: Int[np.ndarray, " r"]
+) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+    """Pairs that join the anchors of every label, one after the other; 0 is no label."""
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] != 0]
+    same = labels[order[1:]] == labels[order[:-1]]
+    return anchors[order[:-1][same]], anchors[order[1:][same]]
+
+
+def _groups(pairs: list[tuple[np.ndarray, np.ndarray]], num_ids: int) -> Int[np.ndarray, " i"]:
+    """A number for every id, equal where pairs join them; -1 less the id where none does."""
+    one, other = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
+    graph = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(num_ids, num_ids))
+    component = connected_components(graph, directed=False)[1]
+    is_alone = np.bincount(component)[component] == 1
+    numbers = np.unique(component[~is_alone], return_inverse=True)[1]
+    groups = -1 - np.arange(num_ids)
+    groups[~is_alone] = numbers
+    return groups
