@@ -10,7 +10,7 @@ from gist_dist.config import LossConfig
 from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import plan_batch
 from gist_dist.core.step import batch_index
-from gist_dist.data.row_rules import known_positives_lines
+from gist_dist.data.row_rules import check_negatives, known_positives_lines
 from gist_dist.recipe import parse_config
 
 PAIRS = [
@@ -127,3 +127,11 @@ def test_bad_loss_of_a_source_names_the_source(loss, part):
     with pytest.raises(UserError) as error:
         parse_config(tree)
     assert "data.sources[1].loss" in str(error.value) and part in str(error.value)
+
+
+def test_without_in_batch_negatives_a_source_needs_hard_ones(tmp_path):
+    corpus = corpus_of(tmp_path, [{"anchor": a, "positive": p} for a, p in PAIRS])
+    config = corpus.recipe.model_copy(update={"loss": LossConfig(in_batch=False)})
+    with pytest.raises(UserError, match=r"data.sources\[0\].*in_batch.*columns.negatives"):
+        check_negatives(config, corpus)
+    check_negatives(corpus.recipe, corpus)

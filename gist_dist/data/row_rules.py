@@ -11,6 +11,7 @@ from jaxtyping import Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from gist_dist.common.errors import UserError
 from gist_dist.common.text import plural
 from gist_dist.config import LossConfig, RunConfig
 
@@ -120,6 +121,20 @@ def row_rules(config: RunConfig, corpus: "Corpus") -> RowRules:
     groups = _groups(joined, num_ids)[ids] if joined else None
     pairs = KnownPairs.of(*ends, num_ids) if kind == "pairs" else None
     return RowRules(ids, pairs, groups, losses)
+
+
+def check_negatives(config: RunConfig, corpus: "Corpus") -> None:
+    """UserError for a source whose rows have no candidate at all."""
+    for number, source in enumerate(corpus.sources):
+        of = source.get("recipe_source", number)
+        if config.loss_of(config.data.sources[of]).in_batch or config.data.mine:
+            continue
+        rows = corpus.num_own_negatives[corpus.source == number]
+        if len(rows) and not rows.any():
+            raise UserError(
+                f"data.sources[{of}]: loss.in_batch is false and no row has a hard negative, so that nothing is "
+                "contrasted; name them in columns.negatives, set data.mine, or leave loss.in_batch true"
+            )
 
 
 def known_positives_lines(corpus: "Corpus") -> list[str]:

@@ -9,6 +9,7 @@ from gist_dist.common.events import phase
 from gist_dist.common.signals import stop_requests
 from gist_dist.config import RunConfig
 from gist_dist.data.corpus import PREPARING, Corpus
+from gist_dist.data.row_rules import check_negatives
 from gist_dist.data.sampler import Sampler
 from gist_dist.data.statistics import data_summary
 from gist_dist.evaluation.evaluate import read_results
@@ -104,6 +105,7 @@ def prepare(config: RunConfig, clustered: bool = True) -> Prepared:
     guide = Guide(config.guide_or_student) if config.has_guide_model else None
     _check_refresh(config, student, guide)
     corpus = prepare_on_ray(resolve_classification(config, student, guide), student, guide)
+    check_negatives(config, corpus)
     if clustered and config.data.mixing == "clustered" and guide is not None:
         Sampler(corpus, config)  # what can't be batched is said before the guide encodes all texts
         precompute(config, corpus, guide)

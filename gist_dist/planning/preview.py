@@ -16,6 +16,7 @@ from gist_dist.core.candidates import BatchIndex
 from gist_dist.core.gradcache import ActivationBudget
 from gist_dist.core.plan import BatchPlan, Chunk, deal, plan_batch
 from gist_dist.data.corpus import Corpus
+from gist_dist.data.row_rules import known_positives_lines
 from gist_dist.data.sampler import Epoch, Sampler
 from gist_dist.data.sources import SourceReport
 from gist_dist.data.statistics import source_accounts
@@ -88,6 +89,8 @@ class Preview:
     are not there yet."""
     similarity_at_random: float | None
     """The same, were batches not clustered."""
+    known_positives: Sequence[str] = ()
+    """What the data say to mean the same."""
     notes: Sequence[str] = ()
     """Of the models: their prompts, and texts that nothing cuts."""
 
@@ -243,7 +246,7 @@ class Preview:
             ("the run", f"{self.num_steps:,} steps = {epochs:,.2f} epochs = {self.num_steps * size:,} pairs seen"),
             ("mixing", f"{config.data.mixing}: {mixing[config.data.mixing]}"),
             *mined,
-            *[("known positives", line) for line in known_positives_lines(self.corpus)],
+            *[("known positives", line) for line in self.known_positives],
             ("shares", f"{shares}; no row comes again before all of its source came"),
             (
                 "same texts",
@@ -387,6 +390,7 @@ def preview(config: RunConfig, student: Student, guide: Guide | None, corpus: Co
         activation_bytes_per_token=_activation_bytes(student, corpus, plans),
         similarity=_similarity(config, guide, corpus, plans) if guide else None,
         similarity_at_random=at_random,
+        known_positives=known_positives_lines(corpus),
         notes=[
             *(f"prompts of the {line}" for line in prompt_lines(config, student, guide)),
             *filter(None, [long_text_line(student, corpus)]),
