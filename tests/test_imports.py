@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from import_graph import circles, floors, module_graph, report, room_graph
 
 PACKAGE = Path(__file__).parent.parent / "gist_dist"
 
@@ -96,6 +97,34 @@ def test_every_import_obeys_the_law():
                 if target not in LAW[room(name)]:
                     broken.add((name, target))
     assert not broken
+
+
+def test_the_house_has_floors_and_no_circle():
+    rooms = room_graph(module_graph(PACKAGE))
+    assert not circles(rooms)
+    levels = floors(rooms)
+    assert "common" in levels[0] and "core" in levels[2] and set(levels[-1]) <= {"__init__", "cli"}
+
+
+def test_import_graph_sees_circles_and_floors(tmp_path):
+    """A face that hands out what imports it, two rooms, and a lazy arrow back from the lower one."""
+    package = tmp_path / "gist_dist"
+    (package / "low").mkdir(parents=True)
+    for name, text in (
+        ("__init__.py", ""),
+        ("top.py", "import json\nfrom gist_dist.low.a import f\nfrom gist_dist.low import b"),
+        ("low/__init__.py", ""),
+        ("low/a.py", "import numpy\nfrom gist_dist.low.b import g"),
+        ("low/b.py", ""),
+    ):
+        (package / name).write_text(text)
+    modules = module_graph(package)
+    assert modules == {"__init__": set(), "top": {"low.a", "low.b"}, "low": set(), "low.a": {"low.b"}, "low.b": set()}
+    assert not circles(modules) and floors(room_graph(modules)) == [["__init__", "low"], ["top"]]
+    (package / "low" / "b.py").write_text("def h():\n    from gist_dist import top")
+    rooms = room_graph(module_graph(package))
+    assert circles(rooms) == [["low", "top"]] and floors(rooms) == [["__init__", "low", "top"]]
+    assert "circles of rooms: low ↔ top" in report(package)
 
 
 def test_nothing_imports_the_tests():

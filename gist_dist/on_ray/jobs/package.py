@@ -8,10 +8,10 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import gist_dist
 from gist_dist.common.errors import UserError
 from gist_dist.config import Place, RunConfig, SourceConfig, paths_of
 from gist_dist.data.places import find_files
@@ -147,7 +147,7 @@ def pack(config: RunConfig | None, sent: Sequence[LocalSource], folder: Path) ->
     Relative paths stay as they are in the recipe, so that it is the same run however often it is submitted.
     """
     code, work = folder / "code" / "gist_dist", folder / "work"
-    shutil.copytree(Path(gist_dist.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(str(resources.files("gist_dist"))), code, ignore=shutil.ignore_patterns("__pycache__"))
     work.mkdir()
     if config:
         job = _with_data(config, sent, work).model_dump(mode="json")
