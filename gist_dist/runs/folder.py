@@ -37,7 +37,7 @@ class RunFolder:
         """UserError if the folder holds a run of another recipe, or can't be written."""
         found = self._read_config()
         if found is not None:
-            before, now = (redact(computed_values(recipe)) for recipe in (found, self.config))  # one was written
+            before, now = (redact(_computed(recipe)) for recipe in (found, self.config))  # one was written
             for key in sorted(before.keys() | now.keys()):
                 if before.get(key) != now.get(key):
                     raise UserError(
@@ -109,6 +109,21 @@ class RunFolder:
 
     def _write_state(self, state: str) -> None:
         write_text(self.folder / "state.json", json.dumps({"state": state}))
+
+
+def _computed(recipe: RunConfig) -> dict[str, Any]:
+    """The values that decide what a run computes. Null stands for what older versions wrote out: no prompt, and columns
+    named after their roles. Where the two differ, token ids do, and the checkpoint is refused."""
+    return {key: _with_nulls(value, tuple(key.split("."))) for key, value in computed_values(recipe).items()}
+
+
+def _with_nulls(value: Any, path: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(inner, (*path, key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_nulls(item, path) for item in value]
+    was_default = value == "" if "prompts" in path else path[-2:] == ("columns", value)
+    return None if was_default else value
 
 
 def describe_environment() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import computed_values
+from gist_dist.config import ROLES, computed_values
 from gist_dist.core.collectives import broadcast, broadcast_object, on_rank_0
 from gist_dist.models.guide_cache import guide_fingerprint
 from gist_dist.training.checkpoint import (
@@ -29,8 +29,11 @@ from gist_dist.training.train_state import RunTrainee
 
 logger = logging.getLogger(__name__)
 
-PLACES = {"name", "data.sources", "student.model", "student.revision", "guide.model", "guide.revision"}
-"""Of a recipe: where things lie. Fingerprints of what is there tell whether they are the same."""
+PLACES = {"name", "data.sources", "student.model", "student.revision", "guide.model", "guide.revision"} | {
+    f"{model}.prompts.{role}" for model in ("student", "guide") for role in ROLES
+}
+"""Of a recipe: where things lie, and what is part of them. Fingerprints of the models and of all token ids tell whether
+they are the same."""
 
 
 class RunState:
