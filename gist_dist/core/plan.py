@@ -119,7 +119,8 @@ class BatchPlan:
     rows: np.ndarray
     """Row numbers of the corpus [g]."""
     texts: np.ndarray
-    """Text numbers of the corpus, each once, ascending [u]."""
+    """Text numbers of the corpus, each once, ascending [u]. A text that is anchor and positive of one row, as in
+    SimCSE, comes again behind those, for its positive: encoded twice, each time with its own dropout."""
     anchors: np.ndarray
     positives: np.ndarray
     negatives: np.ndarray
@@ -164,6 +165,10 @@ def plan_batch(corpus: PreparedRows, rows: np.ndarray, step: int, rule: ChunkRul
     rows, sections = corpus.rules.in_order(rows, corpus.source)
     anchors, positives, negatives = corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)
     texts, positions = np.unique(np.concatenate([anchors, positives, negatives]), return_inverse=True)
+    (of_one_text,) = np.nonzero(anchors == positives)
+    again = np.unique(positives[of_one_text])
+    positions[len(rows) + of_one_text] = len(texts) + np.searchsorted(again, positives[of_one_text])
+    texts = np.concatenate([texts, again])
     _, first, input_of = np.unique(corpus.guide_keys[texts, 0], return_index=True, return_inverse=True)
     guide_inputs = texts[first]
     g = len(rows)

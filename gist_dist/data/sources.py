@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, repeat, starmap
+from operator import eq
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -70,6 +71,8 @@ class SourceReport:
     """Where the first of them are: file, row within the file (from 0) and reason."""
     rows_added: int = 0
     """Where a row has several positives: those beyond the first, each a row of its own."""
+    rows_of_one_text: int = 0
+    """Whose anchor and positive are the same text."""
     layout: str = ""
     """Which columns are read, unless they are called as their roles are."""
 
@@ -83,6 +86,7 @@ class SourceReport:
         self.rows_read += other.rows_read
         self.rows_used += other.rows_used
         self.rows_added += other.rows_added
+        self.rows_of_one_text += other.rows_of_one_text
         for reason, count in other.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
         self.first_dropped = (self.first_dropped + other.first_dropped)[:SHOWN_DROPS]
@@ -98,6 +102,13 @@ class SourceReport:
         if self.rows_added:
             rows = f"{self.rows_read:,} rows are {self.rows_read + self.rows_added:,}"
             told.append(f"{rows}, one for each positive: a row has one positive, and some here have several")
+        if self.rows_of_one_text:
+            count = min(self.rows_of_one_text, self.rows_used)
+            told.append(
+                f"{count:,} of {self.rows_used:,} rows have the same text as anchor and positive, as in SimCSE: it is "
+                "encoded twice, each time with its own dropout, and without dropout (student.dropout) such rows don't "
+                "teach what belongs together; a guide drops none of their candidates"
+            )
         return [f"{self.name}: {line}" for line in told]
 
 
@@ -188,6 +199,7 @@ class Source:
                 not has_groups or all(map(_is_name, groups))
             ):
                 report.rows_used += len(places)
+                report.rows_of_one_text += sum(map(eq, anchors, positives))
                 yield from starmap(Row, records)
             else:
                 for place, record in zip(places, records, strict=True):
@@ -195,6 +207,7 @@ class Source:
                         report.drop(f"{name} row {first + place}", reason)
                     else:
                         report.rows_used += 1
+                        report.rows_of_one_text += record[0] == record[1]
                         yield Row(*record)
             number += count
 
