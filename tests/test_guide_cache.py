@@ -197,8 +197,8 @@ def other_vectors(file: Path, cache: GuideCache, vectors: np.ndarray) -> None:
 
 
 DAMAGES = {
-    "truncated": (truncate, "is not what was written"),
-    "a bit flipped": (flip_a_bit, "is not what was written"),
+    "truncated": (truncate, "bytes and was written with"),
+    "a bit flipped": (flip_a_bit, "the checksum of"),
     "no Arrow file": (lambda file, cache: rewrite(file, cache, b"x" * 3000), "no Arrow file"),
     "another width": (
         lambda file, cache: other_vectors(file, cache, np.ones((20, WIDTH // 2), np.float16)),

@@ -177,5 +177,5 @@ def test_a_folder_that_nodes_do_not_share_is_named(ray_session, recipe, tmp_path
     def elsewhere(job):
         return replace(job, place=str(tmp_path / "other-node" / "key"))
 
-    with pytest.raises(UserError, match=r"is not there; it must be a folder or URI that all nodes share"):
+    with pytest.raises(UserError, match=r"is missing; it must be a folder or URI that all nodes share"):
         prepared_on_ray(recipe, changed=elsewhere)

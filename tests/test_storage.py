@@ -153,7 +153,7 @@ def test_a_copy_is_made_once_and_mended(place, tmp_path, monkeypatch):
 def test_a_damaged_original_is_named(place, tmp_path):
     files, _ = filled(place)
     open_store(place).write_bytes("4.bin", b"something else")
-    with pytest.raises(UserError, match=r"4\.bin.* is damaged \(its checksum is wrong\)"):
+    with pytest.raises(UserError, match=r"4\.bin.* is damaged \(the checksum of 4\.bin is wrong\)"):
         local_copy(open_store(place), files, tmp_path / "node")
     assert not (tmp_path / "node" / "4.bin").exists()
     open_store(place).delete("4.bin")

@@ -20,6 +20,10 @@ class UserError(Exception):
         super().__init__(text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}")
 
 
+class Damaged(Exception):
+    """What is wrong with a file that was written whole: a few words that name it."""
+
+
 @contextmanager
 def in_phase(name: str) -> Iterator[None]:
     """An exception that leaves the block knows in which phase of a step it was raised; of nested ones, the inner."""

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs
 
-from gist_dist.common.errors import UserError
+from gist_dist.common.errors import Damaged, UserError
 from gist_dist.common.text import one_line
 
 LOCAL = pa.fs.LocalFileSystem()
@@ -236,6 +236,17 @@ def _own_temporary_folder() -> Path:
     return folder
 
 
+def check_file(path: Path, size: int | None, digest: str | None) -> None:
+    """Damaged unless the file is as it was written; None: not looked at."""
+    try:
+        if size is not None and (found := path.stat().st_size) != size:
+            raise Damaged(f"{path.name} has {found:,} bytes and was written with {size:,}")
+        if digest is not None and sha256(path) != digest:
+            raise Damaged(f"the checksum of {path.name} is wrong")
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{path.name} is missing") from None
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return _sha256_of(stream)
@@ -243,10 +254,11 @@ def sha256(path: Path) -> str:
 
 def _fetch(store: Store, name: str, digest: str, target: Path) -> None:
     store.download(name, target)
-    if sha256(target) != digest:
-        target.unlink()
-        where = join(store.place, name)
-        raise UserError(f"{where} is damaged (its checksum is wrong); remove it, and it is made again")
+    try:
+        check_file(target, None, digest)
+    except Damaged as damage:
+        target.unlink(missing_ok=True)
+        raise UserError(f"{join(store.place, name)} is damaged ({damage}); remove it, and it is made again") from None
 
 
 def _is_intact(path: Path, digest: str, mark: Any) -> bool:

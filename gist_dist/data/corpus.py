@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from gist_dist.common.errors import UserError
+from gist_dist.common.errors import Damaged, UserError
 from gist_dist.common.files import sealed, unsealed
 from gist_dist.common.progress import Progress, Say, progress_of
 from gist_dist.common.redact import redact
-from gist_dist.common.storage import STALE_SECONDS, Store, copies_folder, join, local_copy, open_store, sha256
+from gist_dist.common.storage import STALE_SECONDS, Store, check_file, copies_folder, join, local_copy, open_store
 from gist_dist.config import ROLES, RunConfig
-from gist_dist.data.merge import Damaged, merge
+from gist_dist.data.merge import merge
 from gist_dist.data.row_rules import RowRules, row_rules
 from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
 from gist_dist.data.sources import Source, SourceReport, open_sources
@@ -64,11 +64,9 @@ class Corpus:
         self.folder, self.place = folder, place or str(folder)
         try:
             self.manifest = unsealed((folder / MANIFEST).read_bytes())
-            self._check_sizes()
-            if verify:
-                self._check_contents()
+            self._check_files(contents=verify)
             arrays = {name: _map_array(folder / file) for name, file in self.manifest["arrays"].items()}
-        except (OSError, ValueError, KeyError) as error:  # numpy's are ValueErrors
+        except (Damaged, OSError, ValueError, KeyError) as error:  # numpy's are ValueErrors
             raise _damaged(self.place, error) from error
         self.anchors, self.positives = arrays["anchors"], arrays["positives"]
         self.source, self.number = arrays["source"], arrays["number"]
@@ -169,18 +167,14 @@ class Corpus:
     def guide_tokens(self, texts: np.ndarray) -> list[np.ndarray]:
         return self._texts.tokens("guide_ids", self._at[texts])
 
-    def _check_contents(self) -> None:
-        files = self.manifest["files"]
+    def _check_files(self, contents: bool) -> None:
+        """Damaged unless all are as they were written; without contents, their sizes alone."""
+        checks = [
+            (self.folder / name, size, digest if contents else None)
+            for name, (digest, size) in self.manifest["files"].items()
+        ]
         with ThreadPoolExecutor() as pool:  # reading and hashing release the interpreter
-            digests = pool.map(lambda name: sha256(self.folder / name), files)
-            for name, digest in zip(files, digests, strict=True):
-                if digest != files[name][0]:
-                    raise ValueError(f"the checksum of {name} is wrong")
-
-    def _check_sizes(self) -> None:
-        for name, (_, size) in self.manifest["files"].items():
-            if (has := (self.folder / name).stat().st_size) != size:
-                raise ValueError(f"{name} has {has:,} bytes and was written with {size:,}")
+            list(pool.map(lambda check: check_file(*check), checks))
 
 
 class _TextFiles:

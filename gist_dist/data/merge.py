@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64, UInt64
 
-from gist_dist.common.errors import UserError
-from gist_dist.common.storage import TRANSFERS, Store, sha256
+from gist_dist.common.errors import Damaged, UserError
+from gist_dist.common.storage import TRANSFERS, Store, check_file
 from gist_dist.data.shards import Commit, Job, name_by_content
 from gist_dist.data.sources import SourceReport
 from gist_dist.models.tokenizer import TextTokenizer
@@ -29,10 +29,6 @@ BUCKET_TEXTS = 2**22
 """Texts whose keys are compared at once."""
 MAX_SOURCES = 10_000
 """That split_by makes of one source."""
-
-
-class Damaged(Exception):
-    """A committed file that is not what was written."""
 
 
 class ArrayFile:
@@ -255,10 +251,9 @@ def _fetch(store: Store, files: dict[str, list[Any]], folder: Path) -> dict[str,
         try:
             if store.local is None:
                 store.download(name, path)
-            if path.stat().st_size != size or (store.local is None and sha256(path) != digest):
-                raise Damaged(f"{name} is not what was written")
         except FileNotFoundError:
-            raise Damaged(f"{name} is not there") from None
+            raise Damaged(f"{name} is missing") from None
+        check_file(path, size, None if store.local else digest)
         return path
 
     with ThreadPoolExecutor(TRANSFERS) as pool:

@@ -27,9 +27,9 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float16, Int64, UInt64
 
-from gist_dist.common.errors import UserError
+from gist_dist.common.errors import Damaged, UserError
 from gist_dist.common.progress import Progress, Say, progress_of
-from gist_dist.common.storage import Store, copies_folder, join, open_store, sha256
+from gist_dist.common.storage import Store, check_file, copies_folder, join, open_store
 from gist_dist.common.storage import local_copy as copy_to_node
 from gist_dist.common.version import __version__
 from gist_dist.config import RunConfig
@@ -48,10 +48,6 @@ UNTOLD = ("_name_or_path", "transformers_version", "architectures", "dtype", "to
 
 Keys = UInt64[np.ndarray, "n 2"]
 SAY = progress_of(logger, "guide embeddings")
-
-
-class Damaged(Exception):
-    """What is wrong with a shard."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +161,8 @@ class GuideCache:
     def _open(self, name: str) -> Shard | None:
         path = self.folder / name
         try:
-            if self.verify and not _has_its_content(path):
-                if self.is_copied:
-                    self.store.download(name, path)
-                if not self.is_copied or not _has_its_content(path):
-                    raise Damaged("its content is not what was written")
+            if self.verify:
+                self._check(name, path)
             shard = _read_shard(path, self.width)
             if self.verify and not _is_finite(shard.embeddings):
                 raise Damaged("it holds numbers that are not finite")
@@ -179,6 +172,17 @@ class GuideCache:
             if self.verify:
                 self.store.delete(name)
             return None
+
+    def _check(self, name: str, path: Path) -> None:
+        """Damaged unless it is as it was written; a damaged copy is fetched again."""
+        digest, size = _told_by(name)
+        try:
+            check_file(path, size, digest)
+        except Damaged:
+            if not self.is_copied:
+                raise
+            self.store.download(name, path)
+            check_file(path, size, digest)
 
 
 def write_shard(store: Store, keys: Keys, embeddings: Float16[np.ndarray, "n e"]) -> None:
@@ -200,18 +204,10 @@ def _write(store: Store, name: str, content: bytes | pa.Buffer) -> None:
         ) from error
 
 
-def _has_its_content(path: Path) -> bool:
-    digest, size = _told_by(path.name)
-    return path.exists() and path.stat().st_size == size and sha256(path) == digest
-
-
 def _read_shard(path: Path, width: int) -> Shard:
-    if not path.exists():
-        raise Damaged("it is gone")
+    check_file(path, _told_by(path.name)[1], None)
     with pa.memory_map(str(path)) as file:  # closed, since a process may open 1,024 files; the mapping stays
         content = file.read_buffer()
-    if len(content) != _told_by(path.name)[1]:
-        raise Damaged(f"it has {len(content):,} bytes and was written with {_told_by(path.name)[1]:,}")
     try:
         batch = pa.ipc.open_file(content).get_batch(0)
     except (pa.ArrowException, OSError) as error:

@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gist_dist.common.errors import UserError
+from gist_dist.common.errors import Damaged, UserError
 from gist_dist.common.events import CHECKPOINT_PROBLEM
-from gist_dist.common.storage import SCRATCH_PREFIX, join, open_store, sha256
+from gist_dist.common.storage import SCRATCH_PREFIX, check_file, join, open_store, sha256
 from gist_dist.common.text import one_line
 from gist_dist.config import RunConfig
 
@@ -48,10 +48,6 @@ class Snapshot:
     tensors: TensorFiles
     facts: dict[str, Any]
     """Plain values."""
-
-
-class Damaged(Exception):
-    """A checkpoint is not what was written."""
 
 
 class CheckpointStore:
@@ -146,7 +142,7 @@ class CheckpointStore:
                 if not FILE_NAME.fullmatch(name):
                     raise Damaged(f"{name!r} is no name of a file")
                 with self.store.on_disk(f"{_folder(step)}/{name}") as path:
-                    _check(path, name, expected)
+                    check_file(path, expected["bytes"], expected["sha256"])
                     if name == FACTS:
                         facts = json.loads(path.read_bytes())
                     else:
@@ -312,10 +308,3 @@ def set_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, te
 
 def _folder(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _check(path: Path, name: str, expected: dict[str, Any]) -> None:
-    if (size := path.stat().st_size) != expected["bytes"]:
-        raise Damaged(f"{name} has {size} bytes, not {expected['bytes']}")
-    if sha256(path) != expected["sha256"]:
-        raise Damaged(f"the checksum of {name} is wrong")
