@@ -4,7 +4,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ from typing import Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.signals import handled
-from gist_dist.common.text import one_line
 from gist_dist.config import ClusterConfig
 from gist_dist.on_ray.cluster import local_ray
+from gist_dist.on_ray.cluster.address import address_of, check_address, reach, setting_of, unreached
 
 logger = logging.getLogger(__name__)
 
@@ -69,26 +68,20 @@ def _remote(address: str, config: ClusterConfig) -> Iterator[dict[str, float]]:
     import ray
 
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train view
+    setting = setting_of(config)
+    check_address(address, setting)
     try:
-        _reach(address)
+        reach(address)
         with _own_signals():
             ray.init(
                 address=address, runtime_env=_runtime_env(config), log_to_driver=False, logging_level=logging.WARNING
             )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = one_line(error, 200)
-        raise UserError(f"cluster.address = {address}: no Ray cluster answers there: {reason}") from error
+        raise unreached(address, setting, error) from error
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """OSError if nothing listens there: Ray would go on trying for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _local(config: ClusterConfig) -> Iterator[dict[str, float]]:
@@ -122,11 +115,6 @@ def _runtime_env(config: ClusterConfig) -> dict[str, Any]:
     environment = dict(config.runtime_env)
     environment["env_vars"] = WORKER_ENVIRONMENT | dict(environment.get("env_vars", {}))
     return environment
-
-
-def address_of(config: ClusterConfig) -> str | None:
-    """None: a local Ray of our own."""
-    return config.address or os.environ.get("RAY_ADDRESS")
 
 
 def gpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float:
@@ -185,7 +173,7 @@ class ClusterWatch:
     def silence(self) -> str | None:
         """A sentence if the head does not answer now."""
         try:
-            _reach(self.address)
+            reach(self.address)
         except OSError as error:
             return (
                 f"the head of the Ray cluster at {self.address} does not answer ({error.strerror or error}); the same "

@@ -26,9 +26,15 @@ SETTLED_SECONDS = 60.0
 def temporary_folder() -> Iterator[Path]:
     """For Ray's files, until the block ends. Short, as the path of a socket may have 107 characters; and below a
     folder that is closed to other users, as Ray opens its own to all."""
-    base = Path("/tmp") if Path("/tmp").is_dir() else Path(tempfile.gettempdir())
+    base = Path("/tmp") if os.access("/tmp", os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     remove_left_folders(base)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+    except OSError as error:
+        raise UserError(
+            f"{base} is no place for the local Ray's files ({error.strerror}); make it writable, or set TMPDIR to a "
+            "folder with a short path"
+        ) from error
     try:
         with (folder / OWNER).open("w") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)  # the system takes it from a process that dies
