@@ -106,3 +106,16 @@ def test_uv_does_not_take_the_workers_to_another_environment():
     import ray._private.ray_constants as constants
 
     assert not constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+
+
+def test_a_proxy_that_stands_before_a_dashboard_is_named(monkeypatch):
+    from gist_dist.on_ray.jobs.client import _by_proxy
+
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert _by_proxy("http://head:8265") == ""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    told = "; http_proxy is set in the environment: add head to no_proxy if it is not behind the proxy"
+    assert _by_proxy("http://head:8265") == told and _by_proxy("https://head:8265") == ""
+    monkeypatch.setenv("no_proxy", "head")
+    assert _by_proxy("http://head:8265") == ""

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 import requests
 from aiohttp import ClientError
@@ -98,12 +99,23 @@ def _explained(address: str) -> Iterator[None]:
         reason = "does not answer" if isinstance(error, requests.exceptions.Timeout) else "can't be reached"
         raise UserError(
             f"{address} {reason}; see that the head of the cluster runs with its dashboard and that its port is open "
-            "from here (ssh -L 8265:localhost:8265 HEAD, or kubectl port-forward)"
+            f"from here (ssh -L 8265:localhost:8265 HEAD, or kubectl port-forward){_by_proxy(address)}"
         ) from error
     except requests.exceptions.RequestException as error:  # HTML in place of JSON, a proxy's error
-        raise UserError(f"{address} answers, but not as a Ray dashboard does: {one_line(error)}") from error
+        said = f"{address} answers, but not as a Ray dashboard does: {one_line(error)}{_by_proxy(address)}"
+        raise UserError(said) from error
     except (RuntimeError, ValueError) as error:  # some hold the traceback of the dashboard
-        raise UserError(f"{address}: {one_line(str(error).strip().splitlines()[-1])}") from error
+        said = one_line(str(error).strip().splitlines()[-1])
+        raise UserError(f"{address}: {said}{_by_proxy(address)}") from error
+
+
+def _by_proxy(address: str) -> str:
+    """What to set where the environment sends a request by way of a proxy; else empty."""
+    found = requests.utils.get_environ_proxies(address)
+    scheme, host = urlsplit(address).scheme, urlsplit(address).hostname
+    if not found.get(scheme) and not found.get("all"):
+        return ""
+    return f"; {scheme}_proxy is set in the environment: add {host} to no_proxy if it is not behind the proxy"
 
 
 def ask(client: Client, question: Callable[[], T]) -> T:
