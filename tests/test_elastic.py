@@ -6,7 +6,7 @@ import pytest
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig
-from gist_dist.on_ray.cluster.connect import check_resources, cpus_per_worker
+from gist_dist.on_ray.cluster.capacity import check_resources, cpus_per_worker
 from gist_dist.recipe import parse_config
 
 

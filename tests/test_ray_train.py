@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig, RunConfig
-from gist_dist.on_ray.cluster.connect import check_resources
+from gist_dist.on_ray.cluster.capacity import check_resources
 from gist_dist.on_ray.driver import train_and_evaluate
 from gist_dist.recipe import parse_config
 from gist_dist.runs.metrics_file import read_metrics

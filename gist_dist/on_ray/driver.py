@@ -16,7 +16,8 @@ from gist_dist.evaluation.evaluate import read_results
 from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import guide_fingerprint
-from gist_dist.on_ray.cluster.connect import check_resources, connected
+from gist_dist.on_ray.cluster.capacity import check_resources
+from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.clusters import cluster_on_ray
 from gist_dist.on_ray.tasks.evaluation import evaluate_models
 from gist_dist.on_ray.tasks.mine import mine_for_training

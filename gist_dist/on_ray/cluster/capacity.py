@@ -1,4 +1,4 @@
-"""Whether a cluster has, or could have, room for the workers of a recipe."""
+"""What a worker takes of a cluster, and whether the cluster has, or could have, room for the workers of a recipe."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,39 @@ from typing import Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig
-from gist_dist.on_ray.cluster.connect import cpus_per_worker, gpus_per_worker
 
 KEYS = {"CPU": "cpus", "GPU": "gpus"}
+
+
+def gpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float:
+    if config.gpus_per_worker is not None:
+        return config.gpus_per_worker
+    return 1.0 if resources.get("GPU", 0) >= 1 else 0.0
+
+
+def cpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float:
+    if config.cpus_per_worker is not None:
+        return config.cpus_per_worker
+    return 1.0 if config.min_workers <= resources.get("CPU", 0) else 0.5
+
+
+def check_resources(config: ClusterConfig, resources: dict[str, float]) -> None:
+    """UserError if the workers, the fewest that the recipe allows, would wait for what the cluster does not have."""
+    cpus, gpus = cpus_per_worker(config, resources), gpus_per_worker(config, resources)
+    wants = {"CPU": (cpus, "cpus_per_worker"), "GPU": (gpus, "gpus_per_worker")}
+    for kind, (each, key) in wants.items():
+        total = resources.get(kind, 0)
+        if config.min_workers * each > total:
+            raise UserError(
+                f"cluster.num_workers = {workers_asked_for(config)} with {key} = {each:g} needs "
+                f"{config.min_workers * each:g} {kind}s; the cluster has {total:g}; lower one of them"
+            )
+
+
+def workers_asked_for(config: ClusterConfig) -> str:
+    """As cluster.num_workers says it: 4, or [2, 4]."""
+    elastic = config.min_workers < config.max_workers
+    return f"[{config.min_workers}, {config.max_workers}]" if elastic else str(config.max_workers)
 
 
 def check_room(

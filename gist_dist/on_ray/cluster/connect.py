@@ -5,18 +5,14 @@ import os
 import secrets
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from gist_dist.common.errors import UserError
 from gist_dist.common.signals import handled
 from gist_dist.config import ClusterConfig
 from gist_dist.on_ray.cluster import local_ray
 from gist_dist.on_ray.cluster.address import address_of, check_address, reach, setting_of, unreached
-
-logger = logging.getLogger(__name__)
 
 # Read by Ray's processes when they start. The controller polls its workers at this interval.
 LOCAL_ENVIRONMENT = {
@@ -31,10 +27,6 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS does not promise equal bits twice
 }
-
-LOOK_SECONDS = 3.0
-UNREACHABLE_SECONDS = 30.0
-"""Ray itself ends this process when the head has been away for a minute, without a word for the user."""
 
 
 @contextmanager
@@ -115,109 +107,3 @@ def _runtime_env(config: ClusterConfig) -> dict[str, Any]:
     environment = dict(config.runtime_env)
     environment["env_vars"] = WORKER_ENVIRONMENT | dict(environment.get("env_vars", {}))
     return environment
-
-
-def gpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float:
-    if config.gpus_per_worker is not None:
-        return config.gpus_per_worker
-    return 1.0 if resources.get("GPU", 0) >= 1 else 0.0
-
-
-def cpus_per_worker(config: ClusterConfig, resources: dict[str, float]) -> float:
-    if config.cpus_per_worker is not None:
-        return config.cpus_per_worker
-    return 1.0 if config.min_workers <= resources.get("CPU", 0) else 0.5
-
-
-def check_resources(config: ClusterConfig, resources: dict[str, float]) -> None:
-    """UserError if the workers, the fewest that the recipe allows, would wait for what the cluster does not have."""
-    cpus, gpus = cpus_per_worker(config, resources), gpus_per_worker(config, resources)
-    wants = {"CPU": (cpus, "cpus_per_worker"), "GPU": (gpus, "gpus_per_worker")}
-    for kind, (each, key) in wants.items():
-        total = resources.get(kind, 0)
-        if config.min_workers * each > total:
-            raise UserError(
-                f"cluster.num_workers = {_shown(config)} with {key} = {each:g} needs "
-                f"{config.min_workers * each:g} {kind}s; the cluster has {total:g}; lower one of them"
-            )
-
-
-def _shown(config: ClusterConfig) -> str:
-    elastic = config.min_workers < config.max_workers
-    return f"[{config.min_workers}, {config.max_workers}]" if elastic else str(config.max_workers)
-
-
-class ClusterWatch:
-    """Whether the cluster still answers and has room for the fewest workers, looked at from a thread.
-
-    problem is a sentence once that has not been so for UNREACHABLE_SECONDS, or for cluster.wait_minutes.
-    """
-
-    def __init__(self, config: ClusterConfig, cpus: float, gpus: float) -> None:
-        self.config, self.needs = config, {"CPU": config.min_workers * cpus, "GPU": config.min_workers * gpus}
-        self.problem: str | None = None
-        self.is_short = False
-        self._ended = threading.Event()
-
-    def __enter__(self) -> "ClusterWatch":
-        import ray
-
-        self.address = ray.get_runtime_context().gcs_address
-        threading.Thread(target=self._reach_again, name="cluster-reach", daemon=True).start()
-        threading.Thread(target=self._count_again, name="cluster-room", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-
-    def silence(self) -> str | None:
-        """A sentence if the head does not answer now."""
-        try:
-            reach(self.address)
-        except OSError as error:
-            return (
-                f"the head of the Ray cluster at {self.address} does not answer ({error.strerror or error}); the same "
-                "command resumes from the last checkpoint"
-            )
-        return None
-
-    def _reach_again(self) -> None:
-        answered = time.monotonic()
-        while not self._ended.wait(LOOK_SECONDS):
-            silence = self.silence()
-            if silence is None:
-                answered = time.monotonic()
-            elif time.monotonic() - answered > UNREACHABLE_SECONDS:
-                self.problem = silence
-                return
-
-    def _count_again(self) -> None:
-        """On its own, as a question to a cluster that is away can take a minute to fail."""
-        import ray
-
-        enough = time.monotonic()
-        while not self._ended.wait(LOOK_SECONDS):
-            try:
-                resources = ray.cluster_resources()
-            except Exception:  # not connected any more: the other thread's concern
-                continue
-            short = [
-                f"{least:g} {kind}s of which it has {resources.get(kind, 0):g}"
-                for kind, least in self.needs.items()
-                if resources.get(kind, 0) < least
-            ]
-            if not short:
-                if self.is_short:
-                    logger.info("the cluster has room for the workers again")
-                enough, self.is_short = time.monotonic(), False
-                continue
-            missing = f"the cluster lacks {' and '.join(short)} for cluster.num_workers = {_shown(self.config)}"
-            if not self.is_short:
-                self.is_short = True
-                logger.info("%s; waiting %g minutes for nodes", missing, self.config.wait_minutes)
-            if time.monotonic() - enough > 60 * self.config.wait_minutes:
-                self.problem = (
-                    f"{missing}, for {self.config.wait_minutes:g} minutes now; the same command resumes once there "
-                    "are nodes (cluster.wait_minutes waits longer)"
-                )
-                return

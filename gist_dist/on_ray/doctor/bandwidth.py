@@ -10,7 +10,7 @@ import torch
 
 from gist_dist.config import ClusterConfig
 from gist_dist.core.collectives import World, all_gather_rows, barrier, broadcast_object
-from gist_dist.on_ray.cluster.connect import cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.cluster.capacity import cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.doctor.machine import Finding
 
 SIZES = {"64 kB": 64 * 10**3, "1 MB": 10**6, "16 MB": 16 * 10**6, "64 MB": 64 * 10**6}

@@ -7,7 +7,8 @@ import ray
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import ClusterConfig, Place, RunConfig, paths_of
-from gist_dist.on_ray.cluster.connect import check_resources, connected, cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.cluster.capacity import check_resources, cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.doctor.bandwidth import measure_gather
 from gist_dist.on_ray.doctor.machine import Finding, Verdict, examine_machine
 from gist_dist.on_ray.doctor.nodes import Nodes

@@ -37,7 +37,8 @@ from gist_dist.evaluation.evaluate import (
     read_result,
 )
 from gist_dist.evaluation.tasks import check_tasks, estimated_characters
-from gist_dist.on_ray.cluster.connect import connected, gpus_per_worker
+from gist_dist.on_ray.cluster.capacity import gpus_per_worker
+from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.pool import Answer, Failed, Late, Pool
 from gist_dist.report.mteb_export import Named, export_results
 

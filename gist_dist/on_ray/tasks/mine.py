@@ -48,7 +48,8 @@ from gist_dist.data.mining import (
 )
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import GuideCache, guide_fingerprint
-from gist_dist.on_ray.cluster.connect import check_resources, connected, gpus_per_worker
+from gist_dist.on_ray.cluster.capacity import check_resources, gpus_per_worker
+from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.pool import Answer, Failed, Lost, Pool, failure
 from gist_dist.on_ray.tasks.precompute import precompute
 from gist_dist.on_ray.tasks.prepare import prepare_on_ray

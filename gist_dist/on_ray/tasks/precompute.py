@@ -39,7 +39,8 @@ from gist_dist.models.guide_cache import (
 )
 from gist_dist.models.tokenizer import Tokens, token_keys
 from gist_dist.on_ray.cluster.address import address_of
-from gist_dist.on_ray.cluster.connect import check_resources, connected, gpus_per_worker
+from gist_dist.on_ray.cluster.capacity import check_resources, gpus_per_worker
+from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.pool import Failed, Lost, Pool, failure
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from gist_dist.common.signals import StopRequests
 from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.on_ray.cluster.address import address_of
-from gist_dist.on_ray.cluster.connect import ClusterWatch, cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.cluster.capacity import cpus_per_worker, gpus_per_worker
+from gist_dist.on_ray.cluster.watch import ClusterWatch
 from gist_dist.on_ray.train.failures import classify, last_line, memory_remedy, memory_sentence
 from gist_dist.on_ray.train.messages import CONTROLLER_EVENTS, READY, RESIZE, STOP, post, withdraw
 from gist_dist.on_ray.train.worker import LOG_NAME, RunInputs, WorkerTask, train_worker
