@@ -42,7 +42,7 @@ def fuzz_models(tmp_path_factory):
 def shared_data() -> Path:
     folder = SHARED / "data"
     if not folder.is_dir():
-        pytest.skip("the developers' data pack ../shared/data is not here")
+        pytest.skip("the developers' data pack ../shared/data is not here: it is no part of the repository")
     return folder
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from browser import Browser, find_browser
+from needs import not_here
 from test_report import HOSTILE, Page, make_run, metrics_line, report_of, write_result
 
 from gist_dist.cli import main
@@ -74,11 +75,11 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
+def browser():
     executable = find_browser()
     if executable is None:
-        pytest.skip("no Chromium or Chrome is on the PATH; name one in $CHROMIUM to test the pages in it")
-    browser = Browser(executable, tmp_path_factory.mktemp("profile"))
+        not_here("no Chromium or Chrome is on the PATH: apt-get install chromium, or name one in $CHROMIUM")
+    browser = Browser(executable)
     yield browser
     browser.close()
 
