@@ -90,7 +90,8 @@ class StudentConfig(Section):
     """The model that is trained."""
 
     model: ModelPath = Field(min_length=1)
-    """Hub id or folder of a SentenceTransformer (or of a plain transformers encoder: mean pooling is added)."""
+    """Hub id or folder of a SentenceTransformer (or of a plain transformers model: the mean of its tokens is taken, of
+    a causal language model the last)."""
     revision: str | None = None
     """Hub revision."""
     max_tokens: int | None = Field(default=None, ge=3)

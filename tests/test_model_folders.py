@@ -231,6 +231,17 @@ def test_a_classifier_is_used_and_its_head_is_spoken_of(plain, caplog):
     )
 
 
+def test_a_plain_decoder_is_spoken_of_and_licence_files_are_passed_on(tmp_path, caplog):
+    folder = zoo.save_plain(tmp_path / "model", Kind("qwen3"))
+    zoo.with_settings(folder, "config.json", architectures=["Qwen3ForCausalLM"])
+    for name in ("LICENSE", "NOTICE.txt"):
+        (folder / name).write_text("terms")
+    student = student_of(folder)
+    assert "no modules of sentence-transformers (modules.json): the last token of a text" in caplog.text
+    student.save(tmp_path / "saved")
+    assert (tmp_path / "saved" / "LICENSE").read_text() == "terms" and (tmp_path / "saved" / "NOTICE.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [

@@ -133,7 +133,7 @@ def test_trained_embeddings_are_those_of_the_saved_model(tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", zoo.ARCHITECTURES)
 def test_the_whole_matrix(tmp_path, architecture):
-    """7,800 cells, 0.3 s each."""
+    """250 cells of each architecture, half a second each."""
     wrong = []
     for number, kind in enumerate(kind for kind in zoo.matrix() if kind.architecture == architecture):
         folder = tmp_path / str(number)

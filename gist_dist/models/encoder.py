@@ -25,6 +25,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.stock_model import NO_LIMIT, Adopted, Prompts, adopted, prompts_of
 from gist_dist.config import GuideConfig, RolePrompts, RunConfig, StudentConfig
 from gist_dist.models.cpu_dropout import FastDropout
+from gist_dist.models.folder import licence_files
 from gist_dist.models.load import Loaded, load, transformer_of
 from gist_dist.models.packing import Packed, can_pack, embed_packed, pack, prepare_model
 from gist_dist.models.probe import check_encoder, check_saved, measure
@@ -354,6 +355,8 @@ class Student(Encoder):
         try:
             with _stored_as(model, self.save_dtype):
                 model.save(str(folder), create_model_card=False)
+            for file in licence_files(self.loaded.folder):
+                shutil.copy(file, folder / file.name)
         finally:
             model.train(was_training)
             model.max_seq_length, model.prompts, model.default_prompt_name, model.similarity_fn_name = before

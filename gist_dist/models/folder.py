@@ -48,11 +48,24 @@ def what_is_wrong(folder: Path) -> str | None:
 def what_to_say(folder: Path) -> str | None:
     """What a user may not know of a folder that is used all the same."""
     inner = transformer_folder(folder)
-    heads = [a for a in _read(inner / "config.json").get("architectures") or [] if "For" in str(a)]
-    known = ("ForMaskedLM", "ForPreTraining", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    if heads and not (folder / "modules.json").is_file() and not heads[0].endswith(known):
+    heads = [str(a) for a in _read(inner / "config.json").get("architectures") or [] if "For" in str(a)]
+    is_plain = not (folder / "modules.json").is_file()
+    if heads and is_plain and heads[0].endswith("ForCausalLM"):
+        return "it has no modules of sentence-transformers (modules.json): the last token of a text is its embedding"
+    known = ("ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForConditionalGeneration")
+    if heads and is_plain and not heads[0].endswith(known):
         return f"it is a {heads[0]}: its head is left out, and the mean of its tokens is taken"
     return None
+
+
+def licence_files(folder: Path | None) -> list[Path]:
+    """What a model's licence asks to be passed on with it."""
+    if folder is None:
+        return []
+    named = [
+        f for f in sorted(folder.iterdir()) if f.name.lower().startswith(("license", "licence", "notice", "copying"))
+    ]
+    return [file for file in named if file.is_file()]
 
 
 def stored_dtype(folder: Path) -> str | None:

@@ -31,6 +31,8 @@ class Loaded:
     """Its own limit, special tokens included; None: it has none."""
     stored_dtype: str | None
     """Of its weights on disk; here they are fp32."""
+    folder: Path | None
+    """Where its files lie on this machine."""
 
 
 def load(config: StudentConfig | GuideConfig, section: str, device: torch.device | str) -> Loaded:
@@ -64,7 +66,7 @@ def _made_ready(
         )
     if config.max_tokens:
         model.max_seq_length = config.max_tokens
-    return Loaded(model, own, stored_dtype(folder) if folder else None)
+    return Loaded(model, own, stored_dtype(folder) if folder else None, folder)
 
 
 def load_sentence_transformer(
