@@ -67,7 +67,7 @@ def measure(size: int, width: int, with_guide: bool) -> dict:
     from gist_dist.core.collectives import World
     from gist_dist.core.optim import build_optimizer
     from gist_dist.core.plan import plan_batch
-    from gist_dist.core.step import Trainee, train_step
+    from gist_dist.core.step import TrainState, train_step
     from gist_dist.data.corpus import prepare
     from gist_dist.data.sampler import Sampler
     from gist_dist.models.encoder import Guide, Student
@@ -89,11 +89,11 @@ def measure(size: int, width: int, with_guide: bool) -> dict:
         )
         trained, frozen = Student(config.student), Guide(config.guide) if with_guide else None
         corpus = prepare(config, trained, frozen, progress=lambda line: None)
-        trainee = Trainee(config, corpus, trained, frozen, build_optimizer(trained.model, config.optim), World())
+        train_state = TrainState(config, corpus, trained, frozen, build_optimizer(trained.model, config.optim), World())
         plan = plan_batch(corpus, Sampler(corpus, config).rows(1), 1, config.batch.chunk_tokens, with_guide)
         cpu = torch.device("cpu")
         before = peak_memory_bytes(cpu)
-        result = train_step(trainee, plan)
+        result = train_step(train_state, plan)
         assert np.isfinite(result.loss) and result.grad_norm > 0
         return {
             "rows": size,

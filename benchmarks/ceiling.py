@@ -166,8 +166,8 @@ def _plain_step(ours: Ours, n: int) -> float:
     loss = torch.nn.functional.cross_entropy(torch.cat(blocks, dim=1) / tau, torch.arange(n, device=s.device))
     loss.backward()
     clip_gradients(ours.student.parameters(), ours.config.optim.max_grad_norm)
-    ours.trainee.optimizer.step()
-    ours.trainee.optimizer.zero_grad(set_to_none=True)
+    ours.train_state.optimizer.step()
+    ours.train_state.optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
 

@@ -65,7 +65,7 @@ def measure(world: World, setting: Setting, arguments: argparse.Namespace) -> li
     for precision, size in PRECISIONS.items():
         ours = Ours(setting, world, gather_precision=precision)
         recorder = Recorder(ours.student.parameters(), lr=0.0)
-        ours.trainee.optimizer = recorder
+        ours.train_state.optimizer = recorder
         told = [ours.step(arguments.rows) for _ in range(arguments.repeats)][-1]
         exact = exact or (told.loss, recorder.gradient)
         difference = (recorder.gradient - exact[1]).norm() / exact[1].norm()

@@ -172,7 +172,7 @@ class Run:
             outcomes = []
             for _ in range(2):
                 model.load_state_dict(state)
-                ours.trainee.optimizer.state.clear()
+                ours.train_state.optimizer.state.clear()
                 ours.num_steps = 0
                 with _deterministic(self.device, self.strict):
                     result = ours.step(n)
@@ -205,7 +205,7 @@ class Run:
         model.to(device=self.device, dtype=torch.float32).train()
         ours.student.config = ours.student.config.model_copy(update={"precision": "bf16"})
         model.load_state_dict(state)
-        ours.trainee.optimizer.state.clear()
+        ours.train_state.optimizer.state.clear()
         self.add(told)
 
     # ---- steps ----
@@ -251,9 +251,9 @@ class Run:
             "packing": packing,
         }  # fmt: skip
         batch = ours.config.batch.model_copy(update=fields)
-        ours.config = ours.trainee.config = ours.config.model_copy(update={"batch": batch})
+        ours.config = ours.train_state.config = ours.config.model_copy(update={"batch": batch})
         ours.student.packs = ours.guide.packs = packing and self.packing
-        ours.trainee.activations = ActivationBudget(activation_gb * 1e9, ours.student.model)
+        ours.train_state.activations = ActivationBudget(activation_gb * 1e9, ours.student.model)
 
     def budgets(self, shape: Shape) -> tuple[int, float]:
         """Chunk tokens and gigabytes of kept graphs, from this device's memory: a tenth and two fifths of it."""
@@ -329,7 +329,7 @@ class Run:
 
     def efficiency(self, pair: tuple[str, str], ours: Ours, n: int, seconds: float) -> dict[str, Any]:
         """MFU counts useful work only: neither a second encode nor padding; HFU counts the second encodes too."""
-        plan, budget = ours.plan(n), ours.trainee.activations
+        plan, budget = ours.plan(n), ours.train_state.activations
         lengths = ours.corpus.student_lengths[plan.texts]
         student, guide = (SHAPES[shape].flops(lengths) for shape in pair)
         told: dict[str, Any] = {"rows_per_second": n / seconds, "tokens_per_second": int(lengths.sum()) / seconds}

@@ -72,7 +72,7 @@ def measure(rows: int, width: int, repeats: int) -> dict:
     from gist_dist.core.collectives import World
     from gist_dist.core.optim import build_optimizer
     from gist_dist.core.plan import plan_batch
-    from gist_dist.core.step import Trainee, train_step
+    from gist_dist.core.step import TrainState, train_step
     from gist_dist.data.corpus import prepare
     from gist_dist.data.sampler import Sampler
     from gist_dist.models.encoder import Guide, Student
@@ -94,9 +94,9 @@ def measure(rows: int, width: int, repeats: int) -> dict:
         )
         student, guide = Student(config.student), Guide(config.guide)
         corpus = prepare(config, student, guide, progress=lambda line: None)
-        trainee = Trainee(config, corpus, student, guide, build_optimizer(student.model, config.optim), World())
+        train_state = TrainState(config, corpus, student, guide, build_optimizer(student.model, config.optim), World())
         plan = plan_batch(corpus, Sampler(corpus, config).rows(1), 1, config.batch.chunk_tokens, True)
-        timed = [train_step(trainee, plan).seconds for _ in range(repeats + 1)][1:]
+        timed = [train_step(train_state, plan).seconds for _ in range(repeats + 1)][1:]
         seconds = {phase: min(step[phase] for step in timed) for phase in timed[0]}
         forward = model_shape(models[0]).forward_flops(plan.padded_tokens, plan.padded_tokens / len(plan.texts))
         flops = {"encode": forward, "backward": 3 * forward, "loss": rows * 3 * rows * (6 + 2) * width}

@@ -24,7 +24,7 @@ from gist_dist.core.candidates import BatchIndex
 from gist_dist.core.collectives import World, barrier
 from gist_dist.core.optim import build_optimizer, clip_gradients
 from gist_dist.core.plan import BatchPlan, plan_batch
-from gist_dist.core.step import StepResult, Trainee, train_step
+from gist_dist.core.step import StepResult, TrainState, train_step
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Padded, Student, override_dropout, pad
 from gist_dist.models.packing import Packed
@@ -269,13 +269,13 @@ class Ours:
             self.cache = _rank_0_first(lambda: _filled_cache(self.config, self.corpus, guide), world)
         self.guide = None if self.cache else guide
         optimizer = build_optimizer(self.student.model, self.config.optim)
-        self.trainee = Trainee(self.config, self.corpus, self.student, self.guide, optimizer, world)
+        self.train_state = TrainState(self.config, self.corpus, self.student, self.guide, optimizer, world)
         self.num_steps = 0
 
     def plan(self, n: int) -> BatchPlan:
         self.num_steps += 1  # new dropout for every step, as in training
         rows = np.arange(n)
-        plan = plan_batch(self.corpus, rows, self.num_steps, self.trainee.chunk_rule, self.guide is not None)
+        plan = plan_batch(self.corpus, rows, self.num_steps, self.train_state.chunk_rule, self.guide is not None)
         if self.cache is None:
             return plan
         cache, positions = self.cache
@@ -283,7 +283,7 @@ class Ours:
 
     def step(self, n: int) -> StepResult:
         """One whole step, planning included (in training another thread plans meanwhile)."""
-        return train_step(self.trainee, self.plan(n))
+        return train_step(self.train_state, self.plan(n))
 
     def tokens(self, n: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Token ids of anchors and of positives, as a model is given them."""

@@ -20,7 +20,7 @@ from sides import DATA, Ours, Setting, setting_of
 
 from gist_dist.core.collectives import World, all_reduce_max
 from gist_dist.core.step import StepResult, prepare_inputs, train_step
-from gist_dist.training.worker_speeds import Pace
+from gist_dist.training.worker_speeds import WorkerSpeeds
 
 LEARNING_STEPS = 4
 WAITING = ("gather", "scatter", "reduce")
@@ -105,24 +105,29 @@ def measure(
     quota.join()
     for part in arguments.parts:
         quota.set(arguments.core * (part if world.rank else 1))
-        paces = {"equal": Pace(world, is_on=False), "by_speed": Pace(world, is_on=True)}
+        speeds_of = {"equal": WorkerSpeeds(world, is_on=False), "by_speed": WorkerSpeeds(world, is_on=True)}
         for _ in range(LEARNING_STEPS):
-            step(ours, arguments.rows, paces["by_speed"], [])
-        phases: dict[str, list[dict[str, float]]] = {name: [] for name in paces}
-        sides = {name: partial(step, ours, arguments.rows, pace, phases[name]) for name, pace in paces.items()}
+            step(ours, arguments.rows, speeds_of["by_speed"], [])
+        phases: dict[str, list[dict[str, float]]] = {name: [] for name in speeds_of}
+        sides = {
+            name: partial(step, ours, arguments.rows, worker_speeds, phases[name])
+            for name, worker_speeds in speeds_of.items()
+        }
         samples = interleave(sides, arguments.repeats, arguments.budget, world=world)
-        told.append({"samples": samples, "phases": phases, "speeds": paces["by_speed"].speeds})
+        told.append({"samples": samples, "phases": phases, "speeds": speeds_of["by_speed"].speeds})
         if world.rank == 0:
             say(f"{part:g}: {[f'{name} {taken.median:.2f} s' for name, taken in samples.items()]}")
     return told
 
 
-def step(ours: Ours, rows: int, pace: Pace, into: list[dict[str, float]]) -> StepResult:
+def step(ours: Ours, rows: int, worker_speeds: WorkerSpeeds, into: list[dict[str, float]]) -> StepResult:
     """As trainer.train() takes one."""
-    plan, trainee = ours.plan(rows), ours.trainee
-    inputs = prepare_inputs(trainee, plan, pace.speeds)
-    result = train_step(trainee, plan, inputs)
-    pace.adopt(all_reduce_max(pace.of_step(plan, inputs, result), trainee.student.device, trainee.world))
+    plan, train_state = ours.plan(rows), ours.train_state
+    inputs = prepare_inputs(train_state, plan, worker_speeds.speeds)
+    result = train_step(train_state, plan, inputs)
+    worker_speeds.adopt(
+        all_reduce_max(worker_speeds.of_step(plan, inputs, result), train_state.student.device, train_state.world)
+    )
     into.append(result.seconds)
     return result
 

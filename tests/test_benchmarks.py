@@ -109,7 +109,7 @@ def test_plain_training_is_the_same_loss(setting):
     from dataclasses import replace
 
     ours = Ours(replace(setting, dropout=0.0))
-    ours.trainee.optimizer.param_groups[0]["lr"] = ours.trainee.optimizer.param_groups[1]["lr"] = 0.0
+    ours.train_state.optimizer.param_groups[0]["lr"] = ours.train_state.optimizer.param_groups[1]["lr"] = 0.0
     assert ceiling.plain_step(ours, 16) == pytest.approx(ours.step(16).loss, rel=1e-5)
 
 

@@ -316,7 +316,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(runs, undisturbed, small
     tree = runs.tree("full", guide=REFRESHED, checkpoint={"every_steps": 1, "keep": 1, "dir": str(small_disk)})
     steps = []
 
-    def wants() -> None:
+    def requests() -> None:
         steps.append(len(steps) + 1)
         time.sleep(0.3)  # the checkpoint before is written
         if steps[-1] == 2:
@@ -325,7 +325,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(runs, undisturbed, small
             assert checkpoints({}, small_disk / "full") == [1]
             (small_disk / "filler").unlink()
 
-    assert runs.train(tree, wants) == "finished"
+    assert runs.train(tree, requests) == "finished"
     assert checkpoints({}, small_disk / "full") == [STEPS]
     assert_same_run(tree, undisturbed)
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
@@ -350,14 +350,14 @@ def test_a_full_disk_of_the_run_itself_loses_no_line(runs, small_disk, caplog):
     tree = runs.tree("all-full", output_dir=str(small_disk), **sections)
     steps = []
 
-    def wants() -> None:
+    def requests() -> None:
         steps.append(len(steps) + 1)
         if steps[-1] == 2:
             fill(small_disk)
         if steps[-1] == 9:
             (small_disk / "filler").unlink()
 
-    assert runs.train(tree, wants) == "finished"
+    assert runs.train(tree, requests) == "finished"
     assert "metrics.jsonl can't be written" in caplog.text
     undisturbed = runs.tree("not-full", **sections)
     runs.train(undisturbed)
@@ -419,12 +419,12 @@ def test_storage_that_fails_and_comes_back(runs, undisturbed, outage, caplog):
     tree = runs.tree("outage", guide=REFRESHED, checkpoint={"dir": outage.place, "retry_seconds": 0})
     steps = []
 
-    def wants() -> None:
+    def requests() -> None:
         steps.append(len(steps) + 1)
         time.sleep(0.2)
         outage.is_down = steps[-1] in (2, 3)
 
-    assert runs.train(tree, wants) == "finished" and outage.refused
+    assert runs.train(tree, requests) == "finished" and outage.refused
     assert_same_run(tree, undisturbed)
     assert open_store(join(outage.place, "outage")).folders() == ["step-00000004", "step-00000006"]
     assert "the checkpoint of step 2 can't be written to s3://outage/runs/outage?" in caplog.text

@@ -200,7 +200,7 @@ def test_plan_tells_how_hard_batches_are(tree, prepared):
     assert "mixing      clustered: 100% of a batch's rows are neighbours" in page
 
 
-def run(world: World, tree, place: str, name: str, wants=lambda: None, dtype=torch.float32) -> str:
+def run(world: World, tree, place: str, name: str, requests=lambda: None, dtype=torch.float32) -> str:
     """With the clusters of that name, as a worker reads them."""
     config = parse_config(tree)
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,7 @@ def run(world: World, tree, place: str, name: str, wants=lambda: None, dtype=tor
     corpus.clusters = read_clusters(config, name)
     for encoder in encoders:
         encoder.model.to(dtype)
-    return train(config, corpus, *encoders, world, wants)
+    return train(config, corpus, *encoders, world, requests)
 
 
 def run_in_fp64(world: World, *arguments) -> str:
@@ -226,9 +226,9 @@ def test_curves_do_not_depend_on_the_number_of_workers(tree, prepared, tmp_path)
 
 def test_a_resumed_run_is_the_run_and_needs_the_same_clusters(tree, prepared):
     whole, cut, place = tree | {"name": "whole"}, tree | {"name": "cut"}, prepared.corpus.place
-    made, wants = prepared.corpus.clusters, iter([None] * 4 + ["stop"])
+    made, requests = prepared.corpus.clusters, iter([None] * 4 + ["stop"])
     assert run(World(), whole, place, made.name) == "finished"
-    assert run(World(), cut, place, made.name, lambda: next(wants)) == "stopped"
+    assert run(World(), cut, place, made.name, lambda: next(requests)) == "stopped"
     other = keep_array(parse_config(tree), "clusters", {}, made.of_row[::-1])
     with pytest.raises(UserError, match=r"clusters was .* and is now"):
         run(World(), cut, place, other)

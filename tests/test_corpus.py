@@ -108,14 +108,14 @@ def test_token_ids_are_what_the_models_tokenize(tmp_path, models, data, max_toke
 
 def test_both_ways_to_tokenize_agree(models):
     encoder = Student(parse_config(tree(Path("."), models, Path("x"))).student)
-    fingerprint, texts = encoder.fingerprint(), ["amber", "", "word " * 100, "é 東京 😀 [MASK]"] * 200
+    fingerprint, texts = encoder.tokenizer_fingerprint(), ["amber", "", "word " * 100, "é 東京 😀 [MASK]"] * 200
     assert encoder._backend_suffices
     fast = encoder.tokenize(texts)
     del encoder.__dict__["tokenizer"]
     encoder.__dict__["_backend_suffices"] = False
     slow = encoder.tokenize(texts)
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(fast, slow, strict=True))
-    assert encoder.fingerprint() == fingerprint
+    assert encoder.tokenizer_fingerprint() == fingerprint
 
 
 def test_identity_is_equal_where_the_student_sees_the_same(tmp_path, models, data):

@@ -14,7 +14,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import GuideConfig, StudentConfig
 from gist_dist.core.collectives import World
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
-from gist_dist.core.step import Trainee
+from gist_dist.core.step import TrainState
 from gist_dist.models import encoder
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.recipe import parse_config
@@ -65,7 +65,7 @@ class Outcome:
         gradients = {chunk: embedding.sin() + chunk for chunk, embedding in self.first.items()}
         sums = GradientSums(student.model)
         second_pass(encode, embeddings, gradients, sums)
-        sums.give()
+        sums.write_to_grad()
         self.bytes_per_token = budget.bytes_per_token
         self.gradients = {name: p.grad for name, p in student.model.named_parameters() if p.grad is not None}
         student.model.zero_grad(set_to_none=True)
@@ -153,7 +153,7 @@ def test_flash_attention_is_refused_where_it_can_not_run(model, tmp_path):
     config, corpus = prepared(recipe(tmp_path, model, None, source, student=flash, batch={"global_size": 2}))
     student = Student(config.student)  # a driver without a GPU can still tokenize
     with pytest.raises(UserError, match=r"student\.attention: flash_attention_2 needs a GPU"):
-        Trainee(config, corpus, student, None, torch.optim.SGD(student.parameters()), World())
+        TrainState(config, corpus, student, None, torch.optim.SGD(student.parameters()), World())
 
 
 def test_compile_without_a_compiler_is_refused(model, traced_only, monkeypatch):

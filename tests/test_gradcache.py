@@ -40,7 +40,7 @@ class Passes:
         sums = GradientSums(student.model)
         second_pass(encode, embeddings, gradients, sums)
         assert not embeddings  # no graph outlives the second pass
-        sums.give()
+        sums.write_to_grad()
         parameters = student.model.named_parameters()
         self.gradients = {name: p.grad for name, p in parameters if p.grad is not None}
         student.model.zero_grad(set_to_none=True)

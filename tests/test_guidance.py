@@ -17,7 +17,7 @@ from gist_dist.core.collectives import World
 from gist_dist.core.plan import plan_batch
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Student
-from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint
+from gist_dist.models.guide_cache import GuideCache, embedding_fingerprint, fill
 from gist_dist.recipe import parse_config
 from gist_dist.runs.metrics_file import read_metrics
 from gist_dist.training.trainer import train
@@ -60,7 +60,7 @@ class Stage:
         corpus = prepared_with(tree, model)
         cache = None
         if config.guide.mode == "cache":
-            cache = {"fingerprint": guide_fingerprint(model), "width": model.width}
+            cache = {"fingerprint": embedding_fingerprint(model), "width": model.width}
             fill_whole(GuideCache(config.guide_cache_dir, **cache), corpus, model)
         rendezvous = self.folder / f"{name}-{world_size}-{die_at}"
         arguments = (tree, str(corpus.folder), cache, die_at)
@@ -150,7 +150,7 @@ def test_cache_that_lacks_a_text_is_refused(stage):
     tree = stage.tree("lacking", guide)
     config, corpus = prepared(tree)
     model = Guide(config.guide)
-    cache = GuideCache(config.guide_cache_dir, guide_fingerprint(model), model.width)
+    cache = GuideCache(config.guide_cache_dir, embedding_fingerprint(model), model.width)
     with pytest.raises(UserError, match=f"lacks {corpus.num_texts} of {corpus.num_texts} texts"):
         train(config, corpus, Student(config.student), cache, World())
 

@@ -19,7 +19,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import GuideConfig
 from gist_dist.models import guide_cache
 from gist_dist.models.encoder import Guide
-from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint, missing_inputs
+from gist_dist.models.guide_cache import GuideCache, embedding_fingerprint, fill, missing_inputs
 from gist_dist.models.tokenizer import token_keys
 
 WIDTH = 32
@@ -64,7 +64,7 @@ class Inputs:
 
 
 def open_cache(folder: Path, guide: Guide, **options) -> GuideCache:
-    return GuideCache(str(folder), guide_fingerprint(guide), guide.width, **options)
+    return GuideCache(str(folder), embedding_fingerprint(guide), guide.width, **options)
 
 
 def assert_whole(cache: GuideCache, inputs: Inputs, guide: Guide) -> None:
@@ -248,7 +248,7 @@ def test_a_place_that_is_a_uri_is_read_through_verified_copies(tmp_path, guide, 
 
     fsspec.filesystem("memory").store.clear()
     inputs, node = Inputs(400), str(tmp_path / "node")
-    options = {"fingerprint": guide_fingerprint(guide), "width": WIDTH, "local_copy": node}
+    options = {"fingerprint": embedding_fingerprint(guide), "width": WIDTH, "local_copy": node}
     inputs.fill(GuideCache("memory://guides", **options), guide)
     worker = GuideCache("memory://guides", **options)
     assert_whole(worker, inputs, guide)
@@ -372,7 +372,7 @@ def test_fingerprint_is_of_what_the_guide_computes_and_not_of_its_folder(tmp_pat
     shutil.copytree(model, tmp_path / "elsewhere")
     guide.model.save(str(tmp_path / "saved"), create_model_card=False)
     for folder in ("elsewhere", "saved"):
-        assert guide_fingerprint(Guide(GuideConfig(model=str(tmp_path / folder)))) == guide_fingerprint(guide)
+        assert embedding_fingerprint(Guide(GuideConfig(model=str(tmp_path / folder)))) == embedding_fingerprint(guide)
 
 
 def change_weight(guide: Guide) -> None:
@@ -396,9 +396,9 @@ def change_epsilon(guide: Guide) -> None:
 def test_fingerprint_sees_every_change(model, guide, change):
     other = Guide(GuideConfig(model=str(model), **(change if isinstance(change, dict) else {})))
     if callable(change):
-        assert guide_fingerprint(other) == guide_fingerprint(guide)
+        assert embedding_fingerprint(other) == embedding_fingerprint(guide)
         change(other)
-    assert guide_fingerprint(other) != guide_fingerprint(guide)
+    assert embedding_fingerprint(other) != embedding_fingerprint(guide)
 
 
 def test_another_guide_finds_nothing_of_this_one(tmp_path, guide):

@@ -20,7 +20,7 @@ from gist_dist.models.guide_cache import encode_inputs
 from gist_dist.planning.preview import preview
 from gist_dist.recipe import parse_config
 from gist_dist.training.mining_schedule import MiningSchedule
-from gist_dist.training.train_state import RunTrainee
+from gist_dist.training.train_state import RunTrainState
 from gist_dist.training.trainer import train
 
 EVERY, STEPS = 3, 8
@@ -59,13 +59,13 @@ def mined_by(config, corpus, vectors):
     return by_row(corpus, rows, search, np.concatenate(texts))
 
 
-def run(world: World, tree, wants=lambda: None, dtype=torch.float32) -> str:
+def run(world: World, tree, requests=lambda: None, dtype=torch.float32) -> str:
     config = parse_config(tree)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     encoders = Student(config.student), Guide(config.guide)
     for encoder in encoders:
         encoder.model.to(dtype)
-    return train(config, opened(config), *encoders, world, wants)
+    return train(config, opened(config), *encoders, world, requests)
 
 
 def run_in_fp64(world: World, tree) -> str:
@@ -100,7 +100,7 @@ def test_the_student_finds_its_own_nearest_texts(tree):
     corpus, student = opened(config), Student(config.student)
     before = corpus.mined.copy()
     schedule = MiningSchedule(
-        RunTrainee(config, corpus, student, None, torch.optim.SGD(student.parameters(), 0.1), World()), 9
+        RunTrainState(config, corpus, student, None, torch.optim.SGD(student.parameters(), 0.1), World()), 9
     )
     assert [step for step in range(1, 10) if schedule.changes_after(step)] == [3, 6]
     schedule.renew(3)
@@ -132,8 +132,8 @@ def test_a_resumed_run_is_the_run(tree, stop_after):
     """Stopped before, at and after the first renewal."""
     whole, cut = tree | {"name": f"whole-{stop_after}"}, tree | {"name": f"cut-{stop_after}"}
     assert run(World(), whole) == "finished"
-    wants = iter([None] * (stop_after - 1) + ["stop"])
-    assert run(World(), cut, lambda: next(wants)) == "stopped"
+    requests = iter([None] * (stop_after - 1) + ["stop"])
+    assert run(World(), cut, lambda: next(requests)) == "stopped"
     assert stop_after in checkpoints(cut)
     mined = parse_config(cut).run_dir / "checkpoints" / f"step-{stop_after:08d}" / "mined.safetensors"
     assert any(Path(mined).parent.parent.glob(f"step-*{stop_after}/mined.safetensors")) == (stop_after >= EVERY)
@@ -151,8 +151,8 @@ def test_mining_again_changes_the_run(tree):
 
 def test_other_negatives_to_begin_with_are_another_run(tree):
     cut = tree | {"name": "other"}
-    wants = iter([None, "stop"])
-    assert run(World(), cut, lambda: next(wants)) == "stopped"
+    requests = iter([None, "stop"])
+    assert run(World(), cut, lambda: next(requests)) == "stopped"
     config = parse_config(cut)
     corpus = opened(config)
     corpus.mined_digest = "of another guide"

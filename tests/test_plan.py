@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from gist_dist.core.plan import CHUNK_START_TOKENS, cut_chunks, deal, plan_batch
+from gist_dist.core.plan import CHUNK_START_TOKENS, assign_chunks, cut_chunks, plan_batch
 
 
 def lengths(seed: int, n: int, longest: int = 256) -> np.ndarray:
@@ -101,22 +101,22 @@ def test_chunks_are_deterministic_and_blind_to_ties():
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 8, 64, 1000])
 def test_work_is_dealt_equally(num_workers):
     chunks = cut_chunks(lengths(5, 3000), 2048)
-    hands = deal(chunks, num_workers)
-    assert len(hands) == num_workers
-    assert sorted(number for hand in hands for number in hand) == list(range(len(chunks)))
-    loads = [sum(chunks[number].padded_tokens for number in hand) for hand in hands]
+    chunks_by_rank = assign_chunks(chunks, num_workers)
+    assert len(chunks_by_rank) == num_workers
+    assert sorted(number for own in chunks_by_rank for number in own) == list(range(len(chunks)))
+    loads = [sum(chunks[number].padded_tokens for number in own) for own in chunks_by_rank]
     assert max(loads) - min(loads) <= max(chunk.padded_tokens for chunk in chunks)
-    assert all(hand == sorted(hand) for hand in hands)
-    assert hands == deal(chunks, num_workers)
+    assert all(own == sorted(own) for own in chunks_by_rank)
+    assert chunks_by_rank == assign_chunks(chunks, num_workers)
     if num_workers > len(chunks):
-        assert [] in hands
+        assert [] in chunks_by_rank
 
 
 def test_a_large_batch_is_planned_in_well_under_a_second():
     given = lengths(0, 131_072, longest=512)
     started = time.process_time()
     chunks = cut_chunks(given, 4096)
-    deal(chunks, 64)
+    assign_chunks(chunks, 64)
     assert time.process_time() - started < 1
     assert padding(given, sum(chunk.padded_tokens for chunk in chunks)) < 0.01
 

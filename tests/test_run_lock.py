@@ -178,7 +178,7 @@ def test_train_is_refused_where_another_command_trains(tmp_path, hold, capsys):
 
 
 def test_a_worker_of_a_command_that_was_replaced_ends_without_writing(tmp_path, monkeypatch):
-    from gist_dist.on_ray.train.worker import Wants
+    from gist_dist.on_ray.train.worker import Requests
 
     class Ended(Exception):
         pass
@@ -189,8 +189,8 @@ def test_a_worker_of_a_command_that_was_replaced_ends_without_writing(tmp_path, 
     monkeypatch.setattr("os._exit", end)
     monkeypatch.setattr("gist_dist.on_ray.train.worker.preemption_notice", lambda: None)
     with locked(tmp_path) as lock:
-        assert Wants(tmp_path, 0, lock.token)() is None
+        assert Requests(tmp_path, 0, lock.token)() is None
     with locked(tmp_path) as other:
-        assert Wants(tmp_path, 0, other.token)() is None and Wants(tmp_path, 1, lock.token)() is None
+        assert Requests(tmp_path, 0, other.token)() is None and Requests(tmp_path, 1, lock.token)() is None
         with pytest.raises(Ended):
-            Wants(tmp_path, 0, lock.token)()
+            Requests(tmp_path, 0, lock.token)()

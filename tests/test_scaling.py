@@ -16,7 +16,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import LossConfig
 from gist_dist.core.candidates import BatchIndex, row_blocks
 from gist_dist.core.loss import gist_loss
-from gist_dist.core.plan import cut_chunks, deal, plan_batch
+from gist_dist.core.plan import assign_chunks, cut_chunks, plan_batch
 from gist_dist.models.encoder import Student
 from gist_dist.planning.cost_model import GPUS, Workload, busiest_rows, check_gpus, estimate, estimate_lines, workload
 from gist_dist.planning.model_shape import ModelShape, model_shape
@@ -84,7 +84,7 @@ def test_network_volumes_are_those_of_a_step(tmp_path, recipe):
             student=dataclasses.replace(BASE, num_parameters=parameters, width=student.width),
         ), 2, GPUS["cpu"],
     )  # fmt: skip
-    counts = [sum(len(plan.student_chunks[c].texts) for c in hand) for hand in deal(plan.student_chunks, 2)]
+    counts = [sum(len(plan.student_chunks[c].texts) for c in own) for own in assign_chunks(plan.student_chunks, 2)]
     padding = 2 * max(counts) / len(plan.texts)  # shares are padded to equal numbers of rows
     assert 1 <= padding < 1.3
     for received in tiny.run_group(received_by, 2, tmp_path, recipe):
@@ -141,7 +141,7 @@ def test_busiest_worker_encodes_as_many_tokens_as_the_model_says(workers):
     lengths = np.clip(np.random.default_rng(0).lognormal(3.9, 0.7, 20000), 4, 512).astype(np.int64)
     chunks = cut_chunks(lengths, 16384)
     padded = sum(chunk.padded_tokens for chunk in chunks)
-    busiest = max(sum(chunks[c].padded_tokens for c in hand) for hand in deal(chunks, workers))
+    busiest = max(sum(chunks[c].padded_tokens for c in own) for own in assign_chunks(chunks, workers))
     batch = work(
         student_tokens=padded, chunk_tokens=padded / len(chunks), texts=len(lengths),
         largest_chunk=max(chunk.padded_tokens for chunk in chunks), activation_budget=0,

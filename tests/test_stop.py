@@ -24,10 +24,10 @@ def undisturbed(runs) -> dict[str, Any]:
 
 
 class Asked:
-    """Wants something at some steps; counts how often it was asked."""
+    """Requests something at some steps; counts how often it was asked."""
 
-    def __init__(self, wants: str, steps: Iterable[int]) -> None:
-        self.wants, self.steps, self.count = wants, set(steps), 0
+    def __init__(self, requests: str, steps: Iterable[int]) -> None:
+        self.requests, self.steps, self.count = requests, set(steps), 0
 
     def __call__(self) -> str | None:
         self.count += 1
@@ -62,12 +62,12 @@ def test_a_standing_notice_is_answered_with_one_checkpoint(runs):
 
 
 def test_stop_outranks_a_checkpoint_and_the_end_outranks_a_stop(runs):
-    def wants() -> str | None:
+    def requests() -> str | None:
         return "stop" if asked() else "checkpoint"
 
     asked = Asked("stop", {2, STEPS})
     tree = runs.tree("outranked", checkpoint={"every_steps": None, "keep": 9})
-    assert runs.train(tree, wants) == "stopped" and checkpoints(tree) == [1, 2]
+    assert runs.train(tree, requests) == "stopped" and checkpoints(tree) == [1, 2]
     assert runs.train(tree, Asked("stop", {STEPS - 2})) == "finished"
 
 
@@ -88,10 +88,10 @@ def test_a_stop_that_can_not_be_kept_is_told(runs):
     place.mkdir()
     tree = runs.tree("lost", checkpoint={"every_steps": None, "dir": str(place)})
 
-    def wants() -> str:
+    def requests() -> str:
         (place / "lost").write_text("in the way")
         return "stop"
 
     told = r"training was stopped after step 1, but the checkpoint of step 1 can't be written to .*/a-file/lost: "
     with pytest.raises(UserError, match=told):
-        runs.train(tree, wants)
+        runs.train(tree, requests)

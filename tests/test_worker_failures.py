@@ -28,7 +28,7 @@ from gist_dist.on_ray.train import worker
 from gist_dist.on_ray.train.controller import RetryPolicy
 from gist_dist.on_ray.train.failures import OutOfMemory, classify, memory_sentence, out_of_memory
 from gist_dist.on_ray.train.messages import CONTROLLER_EVENTS, RESIZE, STOP, post, withdraw
-from gist_dist.on_ray.train.worker import RunInputs, Wants
+from gist_dist.on_ray.train.worker import Requests, RunInputs
 from gist_dist.recipe import parse_config
 from gist_dist.runs.metrics_file import last_step
 
@@ -168,7 +168,7 @@ def test_workers_that_were_killed_too_often_are_told_of_in_one_sentence(tmp_path
 def test_rank_0_sees_messages_and_the_others_do_not(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(worker, "preemption_notice", lambda: None)
-    first, other = Wants(tmp_path, 0), Wants(tmp_path, 1)
+    first, other = Requests(tmp_path, 0), Requests(tmp_path, 1)
     assert first() is None
     post(tmp_path, RESIZE)
     assert (first(), first.is_resized, other()) == ("stop", True, None)
@@ -182,9 +182,9 @@ def test_run_folder_is_looked_at_once_a_second(tmp_path, monkeypatch):
     looks = []
     monkeypatch.setattr(worker, "posted", lambda folder: looks.append(folder) or set())
     monkeypatch.setattr(worker, "preemption_notice", lambda: None)
-    wants = Wants(tmp_path, 0)
+    requests = Requests(tmp_path, 0)
     for _ in range(1000):
-        wants()
+        requests()
     assert len(looks) == 1
 
 
@@ -194,12 +194,12 @@ def test_notice_gives_a_checkpoint_at_once_and_one_just_before(tmp_path, monkeyp
     monkeypatch.setattr(worker.time, "time", lambda: now[0])
     notice = PreemptionInfo(deadline_ms=1_120_000, preempted_node_to_ranks={"a": [1]})
     monkeypatch.setattr(worker, "preemption_notice", lambda: notice)
-    wants = Wants(tmp_path, 3)
-    assert [wants(), wants()] == ["checkpoint", None]
+    requests = Requests(tmp_path, 3)
+    assert [requests(), requests()] == ["checkpoint", None]
     now[0] = 1110.0
-    assert [wants(), wants()] == ["checkpoint", None]
+    assert [requests(), requests()] == ["checkpoint", None]
     notice = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [1], "b": [2]})  # another node
-    assert [wants(), wants()] == ["checkpoint", None]
+    assert [requests(), requests()] == ["checkpoint", None]
 
 
 # ---- on real workers

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from gist_dist.config import GuideConfig, RunConfig, StudentConfig
 from gist_dist.core.collectives import World
-from gist_dist.core.plan import deal, plan_batch
-from gist_dist.core.step import Trainee, train_step
+from gist_dist.core.plan import assign_chunks, plan_batch
+from gist_dist.core.step import TrainState, train_step
 from gist_dist.data.corpus import Corpus, prepare
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.recipe import parse_config
@@ -114,17 +114,17 @@ def one_step(
 ) -> dict[str, Any]:
     """A real train_step on all rows of the corpus as one global batch: what came out, and how it was done."""
     optimizer = Recorder(student)
-    trainee = Trainee(config, corpus, student, guide, optimizer, world)
-    plan = plan_batch(corpus, np.arange(corpus.num_rows), step, trainee.chunk_rule, guide is not None)
-    result = train_step(trainee, plan)
+    train_state = TrainState(config, corpus, student, guide, optimizer, world)
+    plan = plan_batch(corpus, np.arange(corpus.num_rows), step, train_state.chunk_rule, guide is not None)
+    result = train_step(train_state, plan)
     return {
         "loss": result.loss,
         "gradients": optimizer.gradients,
         "grad_norm": result.grad_norm,
         "counts": result.counts,
         "num_chunks": len(plan.student_chunks),
-        "own_chunks": len(deal(plan.student_chunks, world.size)[world.rank]),
-        "kept_bytes": trainee.activations.used_bytes,
+        "own_chunks": len(assign_chunks(plan.student_chunks, world.size)[world.rank]),
+        "kept_bytes": train_state.activations.used_bytes,
     }
 
 

@@ -21,7 +21,7 @@ from gist_dist.recipe import parse_config
 from gist_dist.training.trainer import train
 
 STEPS = 6
-Wants = Callable[[], str | None]
+Requests = Callable[[], str | None]
 
 
 class Runs:
@@ -49,8 +49,8 @@ class Runs:
             fixed[key] = {**fixed[key], **values} if key in fixed else values
         return recipe(self.folder, self.student, self.guide, self.source, name=name, **fixed)
 
-    def train(self, tree: dict[str, Any], wants: Wants = lambda: None, student: type[Student] = Student) -> str:
-        return run(World(), tree, wants, student)
+    def train(self, tree: dict[str, Any], requests: Requests = lambda: None, student: type[Student] = Student) -> str:
+        return run(World(), tree, requests, student)
 
     def train_on(self, world_size: int, name: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         return run_group(function, world_size, self.folder / "groups" / name, *arguments)
@@ -69,7 +69,7 @@ class Runs:
 def run(
     world: World,
     tree: dict[str, Any],
-    wants: Wants = lambda: None,
+    requests: Requests = lambda: None,
     student: type[Student] = Student,
     dtype: torch.dtype = torch.float32,
 ) -> str:
@@ -79,7 +79,7 @@ def run(
     corpus = prepare(config, *encoders, progress=lambda line: None)
     for encoder in encoders:
         encoder.model.to(dtype)
-    return train(config, Corpus(corpus.folder), *encoders, world, wants)
+    return train(config, Corpus(corpus.folder), *encoders, world, requests)
 
 
 def run_in_fp64(world: World, tree: dict[str, Any]) -> str:

@@ -87,20 +87,20 @@ class GradientSums:
         sizes = [parameter.numel() for parameter in self.parameters]
         flat = self.parameters[0].new_zeros(sum(sizes), dtype=torch.float64)
         self.sums = [s.view_as(p) for s, p in zip(flat.split(sizes), self.parameters, strict=True)]
-        self.given = [False] * len(sizes)
+        self.has_grad = [False] * len(sizes)
         """Which parameters have a gradient."""
         self.rows = {n: p.new_zeros(len(p), dtype=torch.bool) for n, p in enumerate(self.parameters) if id(p) in tables}
         """Which rows of a table, an embedding with sparse gradients, have one."""
         self.dense = flat[: sum(p.numel() for p in self.parameters if id(p) not in tables)]
         """All sums but those of the tables, in one piece."""
 
-    def take(self) -> None:
+    def accumulate(self) -> None:
         """Move what the parameters' .grad hold into the sums."""
         for number, parameter in enumerate(self.parameters):
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 continue
-            self.given[number] = True
+            self.has_grad[number] = True
             if gradient.is_sparse:
                 touched = gradient._indices()[0]
                 self.sums[number].index_add_(0, touched, gradient._values().to(torch.float64))
@@ -115,10 +115,10 @@ class GradientSums:
 
         A worker that encoded nothing has no gradient where others have one: who has which is agreed upon first.
         """
-        flags = torch.cat([torch.tensor(self.given, device=self.sums[0].device), *self.rows.values()]).int()
+        flags = torch.cat([torch.tensor(self.has_grad, device=self.sums[0].device), *self.rows.values()]).int()
         all_reduce(flags)
-        given, *touched = flags.bool().split([len(self.given), *map(len, self.rows.values())])
-        self.given = given.tolist()
+        has_grad, *touched = flags.bool().split([len(self.has_grad), *map(len, self.rows.values())])
+        self.has_grad = has_grad.tolist()
         self.rows = dict(zip(self.rows, touched, strict=True))
         all_reduce(self.dense)
         for number, rows in self.rows.items():
@@ -126,11 +126,11 @@ class GradientSums:
             all_reduce(share)
             self.sums[number][rows] = share
 
-    def give(self) -> None:
+    def write_to_grad(self) -> None:
         """Move the sums into the parameters' .grad; a parameter without any gradient keeps None."""
         for number, parameter in enumerate(self.parameters):
-            parameter.grad = self.sums[number].to(parameter.dtype, copy=True) if self.given[number] else None
-            self.given[number] = False
+            parameter.grad = self.sums[number].to(parameter.dtype, copy=True) if self.has_grad[number] else None
+            self.has_grad[number] = False
         self.dense.zero_()
         for number, rows in self.rows.items():
             self.sums[number][rows] = 0
@@ -151,4 +151,4 @@ def second_pass(
             embedding = encode(chunk)
         embedding.backward(gradients[chunk].to(embedding.dtype))
         if sums:
-            sums.take()
+            sums.accumulate()

@@ -1,6 +1,6 @@
 """A global batch's rows -> unique texts -> chunks of similar length -> chunks per worker.
 
-Nothing here but `deal` knows how many workers there are.
+Nothing here but `assign_chunks` knows how many workers there are.
 """
 
 import heapq
@@ -262,13 +262,13 @@ def _candidate_boundaries(descending: np.ndarray, chunk_tokens: int) -> np.ndarr
     return np.array(sorted(marks))
 
 
-def deal(chunks: Sequence[Chunk], num_workers: int, speeds: Sequence[float] | None = None) -> list[list[int]]:
+def assign_chunks(chunks: Sequence[Chunk], num_workers: int, speeds: Sequence[float] | None = None) -> list[list[int]]:
     """Chunk numbers for every worker, so that all are done at nearly the same time; a worker may get none.
 
     speeds: of every worker, in any unit; None: all are equally fast. Longest processing time first: the next largest
     chunk goes to the worker that is done with it first.
     """
-    hands: list[list[int]] = [[] for _ in range(num_workers)]
+    chunks_by_rank: list[list[int]] = [[] for _ in range(num_workers)]
     loads: dict[float, list[tuple[int, int]]] = {}  # a heap for each speed: padded tokens and worker
     for worker, speed in enumerate(speeds or [1.0] * num_workers):
         loads.setdefault(speed, []).append((0, worker))
@@ -276,6 +276,6 @@ def deal(chunks: Sequence[Chunk], num_workers: int, speeds: Sequence[float] | No
         tokens = chunks[number].padded_tokens
         load = min(loads.items(), key=lambda item: ((item[1][0][0] + tokens) / item[0], item[1][0]))[1]
         held, worker = load[0]
-        hands[worker].append(number)
+        chunks_by_rank[worker].append(number)
         heapq.heapreplace(load, (held + tokens, worker))
-    return [sorted(hand) for hand in hands]
+    return [sorted(own) for own in chunks_by_rank]

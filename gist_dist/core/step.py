@@ -21,7 +21,7 @@ from gist_dist.core.collectives import World, all_gather_rows, all_reduce_sum, a
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.core.loss import gist_loss
 from gist_dist.core.optim import clip_gradients
-from gist_dist.core.plan import CHUNK_START_TOKENS, BatchPlan, Chunk, ChunkRule, PreparedRows, deal
+from gist_dist.core.plan import CHUNK_START_TOKENS, BatchPlan, Chunk, ChunkRule, PreparedRows, assign_chunks
 
 GATHERED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """batch.gather_precision, where embeddings are rounded for it; on one worker too, so that it makes no difference."""
@@ -98,7 +98,7 @@ class StepResult:
     """Of an anchor and another row's positive, to the guide: how hard the batch is."""
 
 
-class Trainee:
+class TrainState:
     """What a step works on and changes."""
 
     def __init__(
@@ -133,103 +133,106 @@ class Trainee:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """How the chunks of a step are dealt, and what this worker encodes of them, by number of the chunk."""
+    """How the chunks of a step are assigned, and what this worker encodes of them, by number of the chunk."""
 
-    hands: list[list[int]]
-    guide_hands: list[list[int]]
+    chunks_by_rank: list[list[int]]
+    guide_chunks_by_rank: list[list[int]]
     student: dict[int, Any]
     """What TextEncoder.inputs() made of it."""
     guide: dict[int, Any]
 
 
-def prepare_inputs(trainee: Trainee, plan: BatchPlan, speeds: Sequence[float] | None = None) -> StepInputs:
-    """May run ahead, in another thread. speeds: of every worker, the same on all of them; see deal()."""
-    corpus, guide, world = trainee.corpus, trainee.guide, trainee.world
-    hands, guide_hands = (deal(chunks, world.size, speeds) for chunks in (plan.student_chunks, plan.guide_chunks))
-    students = {c: plan.texts[plan.student_chunks[c].texts] for c in hands[world.rank]}
-    guides = {c: plan.guide_inputs[plan.guide_chunks[c].texts] for c in guide_hands[world.rank]}
+def prepare_inputs(train_state: TrainState, plan: BatchPlan, speeds: Sequence[float] | None = None) -> StepInputs:
+    """May run ahead, in another thread. speeds: of every worker, the same on all of them; see assign_chunks()."""
+    corpus, guide, world = train_state.corpus, train_state.guide, train_state.world
+    chunks_by_rank, guide_chunks_by_rank = (
+        assign_chunks(chunks, world.size, speeds) for chunks in (plan.student_chunks, plan.guide_chunks)
+    )
+    students = {c: plan.texts[plan.student_chunks[c].texts] for c in chunks_by_rank[world.rank]}
+    guides = {c: plan.guide_inputs[plan.guide_chunks[c].texts] for c in guide_chunks_by_rank[world.rank]}
     return StepInputs(
-        hands,
-        guide_hands,
-        {c: trainee.student.inputs(corpus.student_tokens(t)) for c, t in students.items()},
+        chunks_by_rank,
+        guide_chunks_by_rank,
+        {c: train_state.student.inputs(corpus.student_tokens(t)) for c, t in students.items()},
         {c: guide.inputs(corpus.guide_tokens(t)) for c, t in guides.items()} if guide else {},
     )
 
 
 def train_step(
-    trainee: Trainee, plan: BatchPlan, inputs: StepInputs | None = None, keep_scored: bool = False
+    train_state: TrainState, plan: BatchPlan, inputs: StepInputs | None = None, keep_scored: bool = False
 ) -> StepResult:
     """Encode, gather, score, scatter, encode again with graphs, sum, and let the optimizer step.
 
     Every worker calls it with the same plan. inputs: of this plan, where they were prepared ahead. A loss or gradient
     that is not finite changes nothing, on any worker.
     """
-    inputs = inputs or prepare_inputs(trainee, plan)
-    config, world, clock = trainee.config, trainee.world, Clock(trainee.student.device)
+    inputs = inputs or prepare_inputs(train_state, plan)
+    config, world, clock = train_state.config, train_state.world, Clock(train_state.student.device)
     chunks = plan.student_chunks
-    hands = inputs.hands
-    own = hands[world.rank]
+    chunks_by_rank = inputs.chunks_by_rank
+    own = chunks_by_rank[world.rank]
 
     def encode(chunk: int) -> Tensor:
-        return trainee.student.encode(inputs.student[chunk], dropout_seed=(config.seed, plan.step, chunk))
+        return train_state.student.encode(inputs.student[chunk], dropout_seed=(config.seed, plan.step, chunk))
 
     with clock("encode"):
-        embeddings = first_pass(encode, own, [chunks[c].padded_tokens for c in own], trainee.activations)
+        embeddings = first_pass(encode, own, [chunks[c].padded_tokens for c in own], train_state.activations)
     with clock("gather"):
-        local = _stack([e.detach() for e in embeddings.values()], trainee.student)
+        local = _stack([e.detach() for e in embeddings.values()], train_state.student)
         sent = local.to(GATHERED.get(config.batch.gather_precision, local.dtype))
-        student_rows = _gather_texts(sent, chunks, hands, world).to(local.dtype)
+        student_rows = _gather_texts(sent, chunks, chunks_by_rank, world).to(local.dtype)
     with clock("guide"):
-        guide_rows = _guide_rows(trainee, plan, inputs, student_rows)
+        guide_rows = _guide_rows(train_state, plan, inputs, student_rows)
     with clock("loss"):
         batch = batch_index(plan, student_rows.device)
         blocks = row_blocks(batch, config.loss, config.batch.loss_gb * 1e9)
         share = gist_loss(student_rows, guide_rows, batch, blocks[world.rank :: world.size], config.loss)
     with clock("scatter"):
-        gradients = _scatter_gradients(share.gradient, chunks, hands, world)
+        gradients = _scatter_gradients(share.gradient, chunks, chunks_by_rank, world)
     with clock("backward"):
-        second_pass(encode, embeddings, gradients, trainee.gradients)
+        second_pass(encode, embeddings, gradients, train_state.gradients)
     with clock("reduce"):
         totals = all_reduce_values({"loss": share.loss, **share.counts}, world)  # the host waits for the device here
         if world.size > 1:  # shares already carry 1/g, so workers sum
-            trainee.gradients.reduce(all_reduce_sum)
-        trainee.gradients.give()
+            train_state.gradients.reduce(all_reduce_sum)
+        train_state.gradients.write_to_grad()
     with clock("optimizer"):
-        loss, norm = totals.pop("loss"), clip_gradients(trainee.student.parameters(), config.optim.max_grad_norm).item()
+        loss = totals.pop("loss")
+        norm = clip_gradients(train_state.student.parameters(), config.optim.max_grad_norm).item()
         non_finite: NonFinite = "loss" if not math.isfinite(loss) else "gradient" if not math.isfinite(norm) else None
         if not non_finite:
-            trainee.optimizer.step()
-        trainee.optimizer.zero_grad(set_to_none=True)
+            train_state.optimizer.step()
+        train_state.optimizer.zero_grad(set_to_none=True)
     similarity = None if guide_rows is None else mean_guide_similarity(batch, guide_rows)
     scored = Scored(batch, student_rows, guide_rows) if keep_scored or non_finite else None
     return StepResult(loss, norm, totals, guide_rows is not None, clock.seconds(), scored, non_finite, similarity)
 
 
-def _guide_rows(trainee: Trainee, plan: BatchPlan, inputs: StepInputs, student_rows: Tensor) -> Tensor | None:
+def _guide_rows(train_state: TrainState, plan: BatchPlan, inputs: StepInputs, student_rows: Tensor) -> Tensor | None:
     """The guide's embeddings of all unique texts: encoded now, read from the cache, or the student's own."""
-    if trainee.config.guide is None:
+    if train_state.config.guide is None:
         return None
-    if trainee.config.guide_mode == "self":
+    if train_state.config.guide_mode == "self":
         return student_rows
     if plan.guide_embeddings is not None:
         distinct = torch.from_numpy(plan.guide_embeddings).to(student_rows.device)
     else:
-        distinct = _encode_guide(trainee, plan, inputs)
+        distinct = _encode_guide(train_state, plan, inputs)
     # Rounding to fp16 has left them not quite of length 1.
     distinct = F.normalize(distinct.to(student_rows.dtype), dim=-1)
     return distinct[torch.from_numpy(plan.guide_input_of).to(distinct.device)]
 
 
-def _encode_guide(trainee: Trainee, plan: BatchPlan, inputs: StepInputs) -> Tensor:
+def _encode_guide(train_state: TrainState, plan: BatchPlan, inputs: StepInputs) -> Tensor:
     """The guide's embeddings of its distinct inputs; this worker encodes those of its chunks."""
-    assert trainee.guide is not None
-    local = _stack([trainee.guide.encode(padded) for padded in inputs.guide.values()], trainee.guide)
+    assert train_state.guide is not None
+    local = _stack([train_state.guide.encode(padded) for padded in inputs.guide.values()], train_state.guide)
     rounded = local.half()  # exact: they are rounded to fp16
-    return _gather_texts(rounded, plan.guide_chunks, inputs.guide_hands, trainee.world)
+    return _gather_texts(rounded, plan.guide_chunks, inputs.guide_chunks_by_rank, train_state.world)
 
 
 def _stack(embeddings: list[Tensor], encoder: TextEncoder) -> Tensor:
-    """One row a text; no rows for a worker that was dealt no chunk."""
+    """One row a text; no rows for a worker that was assigned no chunk."""
     if embeddings:
         return torch.cat(embeddings)
     parameter = next(encoder.model.parameters())
@@ -237,9 +240,9 @@ def _stack(embeddings: list[Tensor], encoder: TextEncoder) -> Tensor:
     return torch.zeros(0, encoder.width, device=encoder.device, dtype=dtype)
 
 
-def _gather_texts(local: Tensor, chunks: tuple[Chunk, ...], hands: list[list[int]], world: World) -> Tensor:
+def _gather_texts(local: Tensor, chunks: tuple[Chunk, ...], chunks_by_rank: list[list[int]], world: World) -> Tensor:
     """Embeddings of all unique texts, in their order."""
-    order, counts = _dealt_order(chunks, hands)
+    order, counts = _order_by_rank(chunks, chunks_by_rank)
     gathered = all_gather_rows(local, counts, world)
     embeddings = torch.empty_like(gathered)
     embeddings[torch.from_numpy(order).to(gathered.device)] = gathered
@@ -247,19 +250,19 @@ def _gather_texts(local: Tensor, chunks: tuple[Chunk, ...], hands: list[list[int
 
 
 def _scatter_gradients(
-    gradient: Tensor, chunks: tuple[Chunk, ...], hands: list[list[int]], world: World
+    gradient: Tensor, chunks: tuple[Chunk, ...], chunks_by_rank: list[list[int]], world: World
 ) -> dict[int, Tensor]:
     """Sum over workers of d(loss)/d(embeddings), for the chunks that this worker encoded."""
-    order, counts = _dealt_order(chunks, hands)
+    order, counts = _order_by_rank(chunks, chunks_by_rank)
     mine = reduce_scatter_rows(gradient[torch.from_numpy(order).to(gradient.device)], counts, world)
-    own = hands[world.rank]
+    own = chunks_by_rank[world.rank]
     return dict(zip(own, torch.split(mine, [len(chunks[c].texts) for c in own]), strict=True)) if own else {}
 
 
-def _dealt_order(chunks: tuple[Chunk, ...], hands: list[list[int]]) -> tuple[np.ndarray, list[int]]:
+def _order_by_rank(chunks: tuple[Chunk, ...], chunks_by_rank: list[list[int]]) -> tuple[np.ndarray, list[int]]:
     """Texts in the order in which the workers hold them, and how many each worker holds."""
-    counts = [sum(len(chunks[c].texts) for c in hand) for hand in hands]
-    return np.concatenate([chunks[c].texts for hand in hands for c in hand]), counts
+    counts = [sum(len(chunks[c].texts) for c in own) for own in chunks_by_rank]
+    return np.concatenate([chunks[c].texts for own in chunks_by_rank for c in own]), counts
 
 
 def batch_index(plan: BatchPlan, device: torch.device) -> BatchIndex:

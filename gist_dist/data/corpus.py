@@ -306,7 +306,7 @@ def _inputs(config: RunConfig, sources: list[Source], student: "Encoder", guide:
             }
             for source in sources
         ],
-        "tokens": [encoder.fingerprint() if encoder else None for encoder in (student, guide)],
+        "tokens": [encoder.tokenizer_fingerprint() if encoder else None for encoder in (student, guide)],
     }
 
 

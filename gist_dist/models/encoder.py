@@ -178,7 +178,7 @@ class Encoder:
         silent = {own.unk_token_id, own.cls_token_id, own.sep_token_id, own.bos_token_id, own.eos_token_id}
         silent |= {own.pad_token_id, *map(own.convert_tokens_to_ids, WORD_MARKS)}
         return TextTokenizer(
-            fingerprint=self.fingerprint(),
+            fingerprint=self.tokenizer_fingerprint(),
             max_tokens=self.max_tokens,
             meaningless=np.array(sorted(silent - {None}), dtype=np.int32),
             tokens_of=partial(backend_tokens, own.backend_tokenizer)
@@ -193,7 +193,7 @@ class Encoder:
         expected = Preprocess(self.model, self.config)(TOKENIZER_PROBES)  # also sets the backend's truncation
         return backend is not None and all(map(np.array_equal, backend_tokens(backend, TOKENIZER_PROBES), expected))
 
-    def fingerprint(self) -> str:
+    def tokenizer_fingerprint(self) -> str:
         """Of everything that turns a text into token ids."""
         tokenizer = self.model.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -239,7 +239,7 @@ def _told_by(name: str) -> tuple[str, int]:
     return digest, int(size)
 
 
-def guide_fingerprint(encoder: Encoder) -> str:
+def embedding_fingerprint(encoder: Encoder) -> str:
     """Of everything that decides its embeddings; wherever the model lies, and on whichever device."""
     weights = sorted(encoder.model.state_dict().items())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
@@ -247,7 +247,7 @@ def guide_fingerprint(encoder: Encoder) -> str:
     described = {
         "weights": digests,
         "modules": [_module_config(module) for module in encoder.model],
-        "tokens": encoder.fingerprint(),  # with the limit of tokens
+        "tokens": encoder.tokenizer_fingerprint(),  # with the limit of tokens
         "precision": encoder.config.precision,
         "width": encoder.width,
     }
@@ -407,4 +407,4 @@ def encode_inputs(guide: Guide, tokens: Sequence[np.ndarray], chunk_tokens: int)
 def open_guide_cache(config: RunConfig, guide: Encoder, verify: bool = False) -> GuideCache:
     """Of this guide, where the recipe keeps guide embeddings."""
     place = config.guide_cache_dir
-    return GuideCache(place, guide_fingerprint(guide), guide.width, config.data.local_copy, verify)
+    return GuideCache(place, embedding_fingerprint(guide), guide.width, config.data.local_copy, verify)

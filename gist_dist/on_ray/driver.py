@@ -15,7 +15,7 @@ from gist_dist.data.statistics import data_summary
 from gist_dist.evaluation.evaluate import read_results
 from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.models.encoder import Guide, Student
-from gist_dist.models.guide_cache import guide_fingerprint
+from gist_dist.models.guide_cache import embedding_fingerprint
 from gist_dist.on_ray.cluster.capacity import check_resources
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.clusters import cluster_on_ray
@@ -120,7 +120,7 @@ def _check_refresh(config: RunConfig, student: Student, guide: Guide | None) -> 
         return
     both = [(s.prompts.student, s.prompts.guide) for s in config.data.sources]
     same_prompts = all(student.prompts_with(ours) == guide.prompts_with(its) for ours, its in both)
-    if guide.fingerprint() != student.fingerprint() or not same_prompts:
+    if guide.tokenizer_fingerprint() != student.tokenizer_fingerprint() or not same_prompts:
         raise UserError(
             f"guide.refresh = {config.guide_refresh}: the guide becomes a copy of the student, so both need the same "
             "tokenizer, max_tokens and prompts; leave out guide.model to start from the student"
@@ -169,6 +169,6 @@ def _inputs(config: RunConfig, prepared: Prepared, mined: str | None, lock: str)
         lock=lock,
         clusters=corpus.clusters.name if corpus.clusters else None,
         mined=mined,
-        guide_fingerprint=guide_fingerprint(guide) if guide else None,
+        guide_fingerprint=embedding_fingerprint(guide) if guide else None,
         guide_width=guide.width if guide else 0,
     )

@@ -14,7 +14,7 @@ from gist_dist.config import RunConfig
 from gist_dist.core.candidate_table import mean_guide_similarity
 from gist_dist.core.candidates import BatchIndex
 from gist_dist.core.gradcache import ActivationBudget
-from gist_dist.core.plan import BatchPlan, Chunk, deal, plan_batch
+from gist_dist.core.plan import BatchPlan, Chunk, assign_chunks, plan_batch
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.row_rules import known_positives_lines
 from gist_dist.data.sampler import Epoch, Sampler
@@ -460,7 +460,7 @@ def _model_cells(size: ModelSize) -> tuple[str, ...]:
 
 
 def _loads(chunks: Sequence[Chunk], num_workers: int) -> list[int]:
-    return [sum(chunks[c].padded_tokens for c in hand) for hand in deal(chunks, num_workers)]
+    return [sum(chunks[c].padded_tokens for c in own) for own in assign_chunks(chunks, num_workers)]
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:

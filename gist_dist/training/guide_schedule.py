@@ -10,9 +10,9 @@ from gist_dist.core.collectives import barrier
 from gist_dist.core.plan import BatchPlan, plan_batch
 from gist_dist.data.sampler import Sampler
 from gist_dist.models.encoder import Guide
-from gist_dist.models.guide_cache import GuideCache, fill, guide_fingerprint
+from gist_dist.models.guide_cache import GuideCache, embedding_fingerprint, fill
 from gist_dist.training.checkpoint import model_tensors
-from gist_dist.training.train_state import RunTrainee
+from gist_dist.training.train_state import RunTrainState
 
 
 class Guidance:
@@ -22,18 +22,18 @@ class Guidance:
     refresh: a function of the step alone, so that a resumed run is guided as an undisturbed one.
     """
 
-    def __init__(self, trainee: RunTrainee, sampler: Sampler, cache: GuideCache | None) -> None:
-        self.trainee, self.sampler, self.config = trainee, sampler, trainee.config
+    def __init__(self, train_state: RunTrainState, sampler: Sampler, cache: GuideCache | None) -> None:
+        self.train_state, self.sampler, self.config = train_state, sampler, train_state.config
         self.refresh = self.config.guide_refresh
         self.cache = cache
         self._copy: dict[str, Tensor] = {}
         if cache is not None:
-            self._locate(cache, trainee.corpus.texts_in_use)
+            self._locate(cache, train_state.corpus.texts_in_use)
 
     def plan(self, step: int) -> BatchPlan:
-        corpus = self.trainee.corpus
-        encodes = self.trainee.guide is not None
-        plan = plan_batch(corpus, self.sampler.rows(step), step, self.trainee.chunk_rule, encodes)
+        corpus = self.train_state.corpus
+        encodes = self.train_state.guide is not None
+        plan = plan_batch(corpus, self.sampler.rows(step), step, self.train_state.chunk_rule, encodes)
         if self.cache is None:
             return plan
         return replace(plan, guide_embeddings=self.cache.embeddings(self.positions[plan.guide_inputs]))
@@ -63,16 +63,16 @@ class Guidance:
 
     def _copy_of_student(self) -> Guide:
         assert self.config.guide is not None  # which alone says refresh
-        return Guide.copy_of(self.trainee.student, self.config.guide)
+        return Guide.copy_of(self.train_state.student, self.config.guide)
 
     def _adopt(self, guide: Guide, done: int) -> None:
         is_first, tensors = not self._copy, model_tensors(guide.model)
         if self.config.guide_mode == "online":
-            self.trainee.guide, self._copy = guide, tensors
+            self.train_state.guide, self._copy = guide, tensors
             return
         self._copy = {name: tensor.cpu() for name, tensor in tensors.items()}
-        config, world, corpus = self.config, self.trainee.world, self.trainee.corpus
-        cache = GuideCache(config.guide_cache_dir, guide_fingerprint(guide), guide.width, config.data.local_copy)
+        config, world, corpus = self.config, self.train_state.world, self.train_state.corpus
+        cache = GuideCache(config.guide_cache_dir, embedding_fingerprint(guide), guide.width, config.data.local_copy)
         texts = self._texts_until_renewal(done)
         share = (world.rank, world.size)
         fill(
@@ -95,7 +95,7 @@ class Guidance:
 
     def _texts_until_renewal(self, done: int) -> np.ndarray:
         """Text numbers of the steps that the new guide guides; all, where their negatives are yet to be mined."""
-        corpus, refresh, mine = self.trainee.corpus, self.refresh, self.config.data.mine
+        corpus, refresh, mine = self.train_state.corpus, self.refresh, self.config.data.mine
         if mine and mine.every_steps:
             return corpus.texts_in_use
         assert refresh is not None
@@ -109,7 +109,7 @@ class Guidance:
 
     def _locate(self, cache: GuideCache, texts: np.ndarray) -> None:
         """Where in the cache every text is, -1 for those not asked for."""
-        corpus = self.trainee.corpus
+        corpus = self.train_state.corpus
         self.positions = np.full(len(corpus.identity), -1, dtype=np.int64)
         self.positions[texts] = cache.find(corpus.guide_keys[texts])
         num_missing = int((self.positions[texts] < 0).sum())

@@ -17,7 +17,7 @@ from torch import Tensor
 from gist_dist.core.collectives import all_gather_rows
 from gist_dist.core.plan import cut_chunks
 from gist_dist.data.mining import by_row, minable_rows, mine_block, options_of, plan_corpus_search
-from gist_dist.training.train_state import RunTrainee
+from gist_dist.training.train_state import RunTrainState
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ TEXTS_AT_ONCE = 2**13
 class MiningSchedule:
     """What the rows' mined negatives are at every step."""
 
-    def __init__(self, trainee: RunTrainee, num_steps: int) -> None:
-        self.trainee, self.num_steps = trainee, num_steps
-        mine = trainee.config.data.mine
+    def __init__(self, train_state: RunTrainState, num_steps: int) -> None:
+        self.train_state, self.num_steps = train_state, num_steps
+        mine = train_state.config.data.mine
         self.every = mine.every_steps if mine else None
         self._mined: np.ndarray | None = None
 
@@ -51,7 +51,12 @@ class MiningSchedule:
 
     def renew(self, step: int) -> None:
         """Search with the student of this step, on every worker."""
-        config, corpus, world, started = self.trainee.config, self.trainee.corpus, self.trainee.world, time.monotonic()
+        config, corpus, world, started = (
+            self.train_state.config,
+            self.train_state.corpus,
+            self.train_state.world,
+            time.monotonic(),
+        )
         assert config.data.mine is not None
         options, rows = options_of(config.data.mine), minable_rows(config, corpus)
         search = plan_corpus_search(corpus, options, rows)
@@ -61,7 +66,7 @@ class MiningSchedule:
         def embeddings(wanted: np.ndarray) -> np.ndarray:
             return vectors[np.searchsorted(texts, wanted)]
 
-        device, memory = self.trainee.student.device, config.batch.loss_gb
+        device, memory = self.train_state.student.device, config.batch.loss_gb
         dealt = [search.blocks()[rank :: world.size] for rank in range(world.size)]
         mined = [
             mine_block(search, block, embeddings, options, config.seed, memory, device).texts
@@ -79,14 +84,14 @@ class MiningSchedule:
 
     def _adopt(self, mined: np.ndarray) -> None:
         self._mined = mined
-        self.trainee.corpus.adopt(mined)
+        self.train_state.corpus.adopt(mined)
 
     def _encode(self, texts: np.ndarray) -> np.ndarray:
         """fp16 unit vectors of these texts, on every worker [t d]."""
-        student, world, corpus = self.trainee.student, self.trainee.world, self.trainee.corpus
+        student, world, corpus = self.train_state.student, self.train_state.world, self.train_state.corpus
         order = texts[np.argsort(corpus.student_lengths[texts], kind="stable")]
         groups = [order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)]
-        chunk_tokens = self.trainee.config.batch.chunk_tokens
+        chunk_tokens = self.train_state.config.batch.chunk_tokens
         chunks = [g[c.texts] for g in groups for c in cut_chunks(corpus.student_lengths[g], chunk_tokens)]
         local = [torch.empty(0, student.width, dtype=torch.float16, device=student.device)]
         student.model.eval()

@@ -23,10 +23,10 @@ NAMED_ROWS = 5
 BLOCK_BYTES = 2.5e8
 
 
-def tell_non_finite(config: RunConfig, corpus: Corpus, plan: BatchPlan, result: StepResult) -> str:
+def report_non_finite(config: RunConfig, corpus: Corpus, plan: BatchPlan, result: StepResult) -> str:
     """A sentence that names the step and the rows to blame; writes run_dir/non_finite/step-….json with all its rows."""
     assert result.scored is not None
-    reason, blamed = find_blame(result.scored, corpus.num_negatives[plan.rows], config.loss)
+    reason, blamed = find_offending_rows(result.scored, corpus.num_negatives[plan.rows], config.loss)
     rows = [
         {"source": corpus.source_names[source], "row": number, "blamed": bool(is_blamed)}
         for source, number, is_blamed in zip(
@@ -51,7 +51,7 @@ def tell_non_finite(config: RunConfig, corpus: Corpus, plan: BatchPlan, result: 
     return f"{sentence} ({_write(config.run_dir / 'non_finite' / f'step-{plan.step:08d}.json', facts)})"
 
 
-def find_blame(scored: Scored, num_negatives: np.ndarray, loss: LossConfig) -> tuple[str | None, np.ndarray]:
+def find_offending_rows(scored: Scored, num_negatives: np.ndarray, loss: LossConfig) -> tuple[str | None, np.ndarray]:
     """Which rows [g] have an embedding that is not finite, or else a loss that isn't; (None, none) if it can't be told.
 
     num_negatives: hard negatives of each row.

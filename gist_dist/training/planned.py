@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import StepInputs, prepare_inputs
 from gist_dist.training.guide_schedule import Guidance
-from gist_dist.training.train_state import RunTrainee
+from gist_dist.training.train_state import RunTrainState
 from gist_dist.training.watchdog import Watchdog
 
 
@@ -31,7 +31,7 @@ class PlannedStep(NamedTuple):
 
 
 def planned_steps(
-    trainee: RunTrainee,
+    train_state: RunTrainState,
     guidance: Guidance,
     schedules: Sequence[Schedule],
     steps: range,
@@ -46,7 +46,7 @@ def planned_steps(
 
     def plan(step: int, speeds: list[float] | None) -> tuple[BatchPlan, StepInputs]:
         batch = guidance.plan(step)
-        return batch, prepare_inputs(trainee, batch, speeds)
+        return batch, prepare_inputs(train_state, batch, speeds)
 
     upcoming = None
     with ThreadPoolExecutor(1, thread_name_prefix="plan") as planner:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gist_dist.common.errors import UserError
 from gist_dist.config import ROLES, computed_values
 from gist_dist.core.collectives import broadcast, broadcast_object, on_rank_0
-from gist_dist.models.guide_cache import guide_fingerprint
+from gist_dist.models.guide_cache import embedding_fingerprint
 from gist_dist.training.checkpoint import (
     CheckpointStore,
     CheckpointWriter,
@@ -25,7 +25,7 @@ from gist_dist.training.checkpoint import (
 )
 from gist_dist.training.guide_schedule import Guidance
 from gist_dist.training.mining_schedule import MiningSchedule
-from gist_dist.training.train_state import RunTrainee
+from gist_dist.training.train_state import RunTrainState
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +39,9 @@ they are the same."""
 class RunState:
     """What a run has done, and its checkpoints. Every worker has one; rank 0 alone reads and writes."""
 
-    def __init__(self, trainee: RunTrainee, guidance: Guidance, mining: MiningSchedule) -> None:
+    def __init__(self, train_state: RunTrainState, guidance: Guidance, mining: MiningSchedule) -> None:
         """UserError, on every worker, for a checkpoint.dir that can't be opened."""
-        self.trainee, self.guidance, self.mining, self.world = trainee, guidance, mining, trainee.world
+        self.train_state, self.guidance, self.mining, self.world = train_state, guidance, mining, train_state.world
         self.kept = 0
         """The step whose state was taken up, or handed to be written, last."""
         self.skipped: list[int] = []
@@ -51,9 +51,9 @@ class RunState:
         on_rank_0(self._open, self.world)
 
     def _open(self) -> None:
-        self.identity = _identity(self.trainee, self.guidance)  # of the models as they were loaded
-        self.store = CheckpointStore(self.trainee.config)
-        self.writer = CheckpointWriter(self.store, self.trainee.config.checkpoint.retry_seconds)
+        self.identity = _identity(self.train_state, self.guidance)  # of the models as they were loaded
+        self.store = CheckpointStore(self.train_state.config)
+        self.writer = CheckpointWriter(self.store, self.train_state.config.checkpoint.retry_seconds)
 
     def resume(self) -> int:
         """Take up the newest intact checkpoint, if there is one; gives the number of steps done. UserError, on every
@@ -63,7 +63,11 @@ class RunState:
         if layout is None:
             return 0
         self.kept, self.skipped, forms = layout
-        student, optimizer, device = self.trainee.student, self.trainee.optimizer, self.trainee.student.device
+        student, optimizer, device = (
+            self.train_state.student,
+            self.train_state.optimizer,
+            self.train_state.student.device,
+        )
 
         def received(file: str) -> dict[str, Tensor]:
             own = snapshot.tensors.get(file, {}) if snapshot else {}
@@ -81,7 +85,7 @@ class RunState:
     def save_if_due(self, step: int, request: str | None) -> None:
         """After the last step, every checkpoint.every_steps, and when it is asked for: at "stop", and at "checkpoint"
         once as long as that is asked for."""
-        every, is_new = self.trainee.config.checkpoint.every_steps, request != self._request
+        every, is_new = self.train_state.config.checkpoint.every_steps, request != self._request
         self._request = request
         is_due = step == self.mining.num_steps or (every and step % every == 0)
         if is_due or request == "stop" or (request == "checkpoint" and is_new):
@@ -117,24 +121,24 @@ class RunState:
     def _save(self, step: int) -> None:
         self.kept = step
         if self.writer:
-            model, optimizer = self.trainee.student.model, self.trainee.optimizer
+            model, optimizer = self.train_state.student.model, self.train_state.optimizer
             tensors = {"model": model_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
             if guide := self.guidance.tensors():
                 tensors["guide"] = guide
             if mined := self.mining.tensors():
                 tensors["mined"] = mined
-            told = _told(self.trainee)
+            told = _told(self.train_state)
             self.writer.save(step, tensors, {"skipped": [*self.skipped], "identity": self.identity, "told": told})
 
     def _find(self) -> Snapshot | None:
-        snapshot = read_newest(self.store, self.trainee.config.checkpoint.retry_seconds)
+        snapshot = read_newest(self.store, self.train_state.config.checkpoint.retry_seconds)
         if snapshot:
             self._check(snapshot, self.store.place_of(snapshot.step))
         return snapshot
 
     def _check(self, snapshot: Snapshot, place: str) -> None:
         """UserError for a checkpoint of another run."""
-        facts, tensors, student = snapshot.facts, snapshot.tensors, self.trainee.student.model
+        facts, tensors, student = snapshot.facts, snapshot.tensors, self.train_state.student.model
         before, told = _mapping(facts.get("identity")), _mapping(facts.get("told"))
         for key in ("data", *self.identity):
             if key in before | {"data": None} and before.get(key) != self.identity[key]:
@@ -153,14 +157,14 @@ class RunState:
             fits &= {n: t.shape for n, t in copy.items()} == {n: t.shape for n, t in own.items()}
         if self.mining.is_renewed_by(snapshot.step):
             found = tensors.get("mined", {}).get("negatives")
-            fits &= found is not None and len(found) == self.trainee.corpus.num_rows
+            fits &= found is not None and len(found) == self.train_state.corpus.num_rows
         if not fits or not isinstance(facts.get("skipped"), list):
             raise UserError(
                 f"{place}: its tensors are not those of this student, optimizer and guide; give the run another name, "
                 "or remove the folder to start over"
             )
         logger.info("resuming after step %d from %s", snapshot.step, place)
-        for key, value in _told(self.trainee).items():
+        for key, value in _told(self.train_state).items():
             if told.get(key) != value:
                 logger.info("%s was %s and is now %s: dropout or rounding may differ", key, told.get(key), value)
 
@@ -177,27 +181,27 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _identity(trainee: RunTrainee, guidance: Guidance) -> dict[str, Any]:
+def _identity(train_state: RunTrainState, guidance: Guidance) -> dict[str, Any]:
     """What the global batches and the loss are a function of."""
-    config, cache = trainee.config, guidance.cache
-    guide = cache.fingerprint if cache else guide_fingerprint(trainee.guide) if trainee.guide else None
+    config, cache = train_state.config, guidance.cache
+    guide = cache.fingerprint if cache else embedding_fingerprint(train_state.guide) if train_state.guide else None
     return {key: value for key, value in computed_values(config).items() if key not in PLACES} | {
-        "data": trainee.corpus.manifest["content"],
+        "data": train_state.corpus.manifest["content"],
         "weights": [source.weight for source in config.data.sources],
-        "student": guide_fingerprint(trainee.student),
+        "student": embedding_fingerprint(train_state.student),
         "guide": guide,
-        **trainee.corpus.made_for_it,
+        **train_state.corpus.made_for_it,
     }
 
 
-def _told(trainee: RunTrainee) -> dict[str, Any]:
+def _told(train_state: RunTrainState) -> dict[str, Any]:
     """What may change, though not bit for bit the same numbers come out."""
-    batch = trainee.config.batch
+    batch = train_state.config.batch
     return {
         "torch": torch.__version__,
-        "device": trainee.student.device.type,
+        "device": train_state.student.device.type,
         "batch.chunk_tokens": batch.chunk_tokens,
-        **({"batch.packing": True} if trainee.student.packs else {}),
+        **({"batch.packing": True} if train_state.student.packs else {}),
         "batch.loss_gb": batch.loss_gb,
     }
 

@@ -22,14 +22,14 @@ from gist_dist.training.guide_schedule import Guidance
 from gist_dist.training.masked_examples import masking_is_shown, write_masked_examples
 from gist_dist.training.metrics import metrics_line, peak_memory_bytes
 from gist_dist.training.mining_schedule import MiningSchedule
-from gist_dist.training.non_finite import tell_non_finite
+from gist_dist.training.non_finite import report_non_finite
 from gist_dist.training.observers import Observers
 from gist_dist.training.planned import Schedule, planned_steps
 from gist_dist.training.profiling import StepProfiler
 from gist_dist.training.run_state import RunState
-from gist_dist.training.train_state import RunTrainee
+from gist_dist.training.train_state import RunTrainState
 from gist_dist.training.watchdog import Watchdog
-from gist_dist.training.worker_speeds import Pace
+from gist_dist.training.worker_speeds import WorkerSpeeds
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,12 @@ def train(
     student: Student,
     guide: Guide | GuideCache | None,
     world: World,
-    wants: Callable[[], str | None] = lambda: None,
+    requests: Callable[[], str | None] = lambda: None,
     observe: Callable[[dict[str, Any]], None] | None = None,
 ) -> str:
     """Train to the last step, from the newest intact checkpoint if there is one, and write run_dir/model.
 
-    guide: the model, or in mode cache what it has computed. wants: asked on every worker at every step; "checkpoint"
+    guide: the model, or in mode cache what it has computed. requests: asked on every worker at every step; "checkpoint"
     has one written now, once as long as it is wanted; "stop" ends the run after the step. observe: on rank 0, given
     each line of metrics.jsonl. Gives "finished", or "stopped" where a checkpoint and no model was written. Checkpoints
     are our own and not reported to Ray: a report waits for the controller, and Ray's retry only has to call this
@@ -59,53 +59,55 @@ def train(
     sampler = Sampler(corpus, config)
     model, cache = (None, guide) if isinstance(guide, GuideCache) else (guide, None)
     optimizer = build_optimizer(student.model, config.optim)
-    trainee = RunTrainee(config, corpus, student, model, optimizer, world)
-    guidance = Guidance(trainee, sampler, cache)
+    train_state = RunTrainState(config, corpus, student, model, optimizer, world)
+    guidance = Guidance(train_state, sampler, cache)
     with ExitStack() as ends:
-        mining = MiningSchedule(trainee, sampler.num_steps)
-        state = RunState(trainee, guidance, mining)
+        mining = MiningSchedule(train_state, sampler.num_steps)
+        state = RunState(train_state, guidance, mining)
         ends.callback(state.close)
         done = state.resume()
         observers = on_rank_0(lambda: Observers(config, sampler.num_steps, done, observe), world)
         if observers and state.writer:  # on rank 0
             ends.callback(observers.close)
             state.writer.before_commit = observers.metrics.sync
-        last = _train_steps(trainee, guidance, mining, sampler, state, observers, wants, done)
-        _keep_result(trainee, state, last, sampler.num_steps)
+        last = _train_steps(train_state, guidance, mining, sampler, state, observers, requests, done)
+        _keep_result(train_state, state, last, sampler.num_steps)
         on_rank_0(lambda: observers.close() if observers else None, world)
         return "finished" if last == sampler.num_steps else "stopped"
 
 
 def _train_steps(
-    trainee: RunTrainee,
+    train_state: RunTrainState,
     guidance: Guidance,
     mining: MiningSchedule,
     sampler: Sampler,
     state: RunState,
     observers: Observers | None,
-    wants: Callable[[], str | None],
+    requests: Callable[[], str | None],
     done: int,
 ) -> int:
     """All steps that are left, or those before a stop is wanted; gives the last one."""
-    config, corpus, world, num_steps = trainee.config, trainee.corpus, trainee.world, sampler.num_steps
+    config, corpus, world, num_steps = train_state.config, train_state.corpus, train_state.world, sampler.num_steps
     watchdog = Watchdog(config.cluster.hang_timeout_s, config.run_dir / "logs" / f"hang-{world.rank}.txt")
-    pace = Pace(world, is_on=config.cluster.deal_by_speed)
-    profiler = StepProfiler(config, world.rank, trainee.student.device)
+    worker_speeds = WorkerSpeeds(world, is_on=config.cluster.deal_by_speed)
+    profiler = StepProfiler(config, world.rank, train_state.student.device)
     schedules, steps = (mining, guidance), range(done + 1, num_steps + 1)
-    with closing(planned_steps(trainee, guidance, schedules, steps, lambda: pace.speeds, watchdog)) as planned:
+    with closing(
+        planned_steps(train_state, guidance, schedules, steps, lambda: worker_speeds.speeds, watchdog)
+    ) as planned:
         for step, batch, inputs, waited in planned:
             started = time.perf_counter()
             rate = learning_rate(step, num_steps, config.optim)
-            set_learning_rate(trainee.optimizer, rate)
+            set_learning_rate(train_state.optimizer, rate)
             shows = world.rank == 0 and masking_is_shown(config, step, num_steps)
             with profiler.recording(step), watchdog.watching(step):
-                result = train_step(trainee, batch, inputs, keep_scored=shows)
+                result = train_step(train_state, batch, inputs, keep_scored=shows)
             if result.non_finite:
-                _skip_or_stop(trainee, state, batch, result)
+                _skip_or_stop(train_state, state, batch, result)
             result.seconds["plan"] = waited
             seconds = waited + time.perf_counter() - started
-            largest = _largest(trainee, wants(), pace.of_step(batch, inputs, result))
-            pace.adopt(largest)
+            largest = _largest(train_state, requests(), worker_speeds.of_step(batch, inputs, result))
+            worker_speeds.adopt(largest)
             if observers:
                 peak, of_epoch = largest["memory"], sampler.steps_per_epoch
                 observers.observe(metrics_line(batch, result, corpus, rate, world.size, seconds, of_epoch, peak))
@@ -120,11 +122,11 @@ def _train_steps(
     return num_steps
 
 
-def _largest(trainee: RunTrainee, request: str | None, others: dict[str, float]) -> dict[str, float]:
-    """The largest of each number over all workers: memory in use, what is wanted of the run, and the others."""
-    device = trainee.student.device
+def _largest(train_state: RunTrainState, request: str | None, others: dict[str, float]) -> dict[str, float]:
+    """The largest of each number over all workers: memory in use, what is requested of the run, and the others."""
+    device = train_state.student.device
     own = {"memory": float(peak_memory_bytes(device)), "request": float(REQUESTS.index(request))}
-    return all_reduce_max(own | others, device, trainee.world)
+    return all_reduce_max(own | others, device, train_state.world)
 
 
 def _renew(schedules: Sequence[Schedule], step: int) -> None:
@@ -134,18 +136,18 @@ def _renew(schedules: Sequence[Schedule], step: int) -> None:
                 schedule.renew(step)
 
 
-def _skip_or_stop(trainee: RunTrainee, state: RunState, batch: BatchPlan, result: StepResult) -> None:
+def _skip_or_stop(train_state: RunTrainState, state: RunState, batch: BatchPlan, result: StepResult) -> None:
     """UserError, on every worker, unless the recipe allows to skip a step whose loss or gradient is not finite."""
-    config, optim, skipped = trainee.config, trainee.config.optim, len(state.skipped)
+    config, optim, skipped = train_state.config, train_state.config.optim, len(state.skipped)
     if optim.non_finite == "skip" and skipped < optim.max_skipped:
         state.skipped.append(batch.step)
-        if trainee.world.rank == 0:
-            told = tell_non_finite(config, trainee.corpus, batch, result)
+        if train_state.world.rank == 0:
+            told = report_non_finite(config, train_state.corpus, batch, result)
             logger.warning("%s; skipped, as %d of at most %d steps", told, skipped + 1, optim.max_skipped)
         return
 
     def stop() -> None:
-        told = tell_non_finite(config, trainee.corpus, batch, result)
+        told = report_non_finite(config, train_state.corpus, batch, result)
         remedy = "lower optim.learning_rate, use fp32, or leave out those rows"
         if optim.non_finite == "skip":
             told += f", and optim.max_skipped = {optim.max_skipped} steps were skipped before"
@@ -153,16 +155,16 @@ def _skip_or_stop(trainee: RunTrainee, state: RunState, batch: BatchPlan, result
             remedy += "; optim.non_finite=skip goes on without the step"
         raise UserError(f"{told}; {state.keep(batch.step - 1)}; {remedy}")
 
-    on_rank_0(stop, trainee.world)
+    on_rank_0(stop, train_state.world)
 
 
-def _keep_result(trainee: RunTrainee, state: RunState, last: int, num_steps: int) -> None:
+def _keep_result(train_state: RunTrainState, state: RunState, last: int, num_steps: int) -> None:
     """Write the model of a finished run and wait for the last checkpoint; UserError, on every worker, if that fails."""
-    folder = trainee.config.run_dir / "model"
+    folder = train_state.config.run_dir / "model"
 
     def write_model() -> None:
         try:
-            save_model(trainee.student, folder, trainee.config)
+            save_model(train_state.student, folder, train_state.config)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{folder} can't be written: {error}; free space, and the same command goes on from the last checkpoint"
@@ -171,7 +173,7 @@ def _keep_result(trainee: RunTrainee, state: RunState, last: int, num_steps: int
     problem = None
     if last == num_steps:
         try:
-            on_rank_0(write_model, trainee.world)
+            on_rank_0(write_model, train_state.world)
         except UserError as error:
             problem = error
     missing = state.finish()

@@ -1,19 +1,19 @@
-"""How fast each worker encodes, measured in the steps themselves: what cluster.deal_by_speed deals texts by."""
+"""How fast each worker encodes, measured in the steps themselves: what cluster.deal_by_speed assigns texts by."""
 
 from gist_dist.core.collectives import World
 from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import StepInputs, StepResult
 
 GRID = 20
-"""Speeds are rounded to so many parts of the fastest worker's: equal workers are then dealt equally."""
+"""Speeds are rounded to so many parts of the fastest worker's: equal workers are then assigned equal work."""
 SMOOTHING = 0.5
 """Weight of a new measurement."""
 RECOVERY = 1.05
 """A worker that is too slow for any chunk is thought so much faster every step, until it is tried again."""
 
 
-class Pace:
-    """Speeds of all workers, equal on all of them. Dealing by them evens out the seconds that workers encode."""
+class WorkerSpeeds:
+    """Speeds of all workers, equal on all of them. Work in proportion to them evens out encoding times."""
 
     def __init__(self, world: World, is_on: bool) -> None:
         self.world, self.is_on = world, is_on and world.size > 1
@@ -26,7 +26,7 @@ class Pace:
         """What the workers tell each other, by the largest of each number."""
         if not self.is_on:
             return {}
-        tokens = sum(plan.student_chunks[c].padded_tokens for c in inputs.hands[self.world.rank])
+        tokens = sum(plan.student_chunks[c].padded_tokens for c in inputs.chunks_by_rank[self.world.rank])
         if tokens:
             measured = tokens / (result.seconds["encode"] + result.seconds["backward"])
             self.own = measured**SMOOTHING * (self.own or measured) ** (1 - SMOOTHING)

@@ -47,7 +47,7 @@ from gist_dist.data.mining import (
     plan_corpus_search,
 )
 from gist_dist.models.encoder import Guide, Student
-from gist_dist.models.guide_cache import GuideCache, guide_fingerprint
+from gist_dist.models.guide_cache import GuideCache, embedding_fingerprint
 from gist_dist.on_ray.cluster.capacity import check_resources, gpus_per_worker
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.pool import Answer, Failed, Lost, Pool, failure
@@ -129,7 +129,7 @@ def mine_for_training(
     """
     assert config.data.mine is not None
     options = options_of(config.data.mine)
-    inputs = {"format": FORMAT, "data": corpus.manifest["content"], "guide": guide_fingerprint(guide)}
+    inputs = {"format": FORMAT, "data": corpus.manifest["content"], "guide": embedding_fingerprint(guide)}
     inputs |= {"seed": config.seed, "options": asdict(options)}
     if found := find_array(config, MINED, inputs):
         return found
@@ -180,7 +180,7 @@ def _inputs(recipe: RunConfig, options: MineOptions, corpus: Corpus, guide: Guid
     """All that the written sources depend on."""
     chosen = {name: value for name, value in asdict(options).items() if name != "model"}
     sources = redact([source.model_dump(mode="json") for source in recipe.data.sources])
-    content = {"corpus": corpus.manifest["content"], "guide": guide_fingerprint(guide)}
+    content = {"corpus": corpus.manifest["content"], "guide": embedding_fingerprint(guide)}
     return {"format": FORMAT, **content, "options": chosen, "seed": recipe.seed, "sources": sources}
 
 
@@ -223,7 +223,7 @@ def _search(
     check_resources(config.cluster.model_copy(update={"num_workers": 1}), resources)
     cpus, gpus = config.cluster.cpus_per_worker or 1.0, gpus_per_worker(config.cluster, resources)
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=config.cluster.max_failures)(_mine_block)
-    place = (config.guide_cache_dir, guide_fingerprint(guide), guide.width, config.data.local_copy)
+    place = (config.guide_cache_dir, embedding_fingerprint(guide), guide.width, config.data.local_copy)
     shared, keys, call = ray.put(search), ray.put(corpus.guide_keys), uuid.uuid4().hex
     blocks = {folder / f"{block.start:012d}-{block.stop:012d}.npz": block for block in search.blocks()}
     missing = [file for file in blocks if not file.exists()]

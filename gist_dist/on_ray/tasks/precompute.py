@@ -30,9 +30,9 @@ from gist_dist.models.guide_cache import (
     Encoded,
     Filled,
     Keys,
+    embedding_fingerprint,
     encode_inputs,
     fill,
-    guide_fingerprint,
     missing_inputs,
     open_guide_cache,
     write_shard,
@@ -201,7 +201,7 @@ class _Actor:
         """Apart from the constructor, so that its errors are not wrapped into the actor's death."""
         torch.set_num_threads(max(1, int(self.needs["CPU"])))
         guide = Guide(self.guide_config, "cuda" if "GPU" in self.needs else "cpu")
-        if guide_fingerprint(guide) != self.fingerprint:
+        if embedding_fingerprint(guide) != self.fingerprint:
             raise UserError(
                 f"guide.model: '{self.guide_config.model}' on node {platform.node()} is not what the driver has; put "
                 "the same files and the same version of transformers on every node"

@@ -14,7 +14,7 @@ from gist_dist.config import RunConfig, SourceConfig
 from gist_dist.data.sources import Source
 from gist_dist.data.triplets import make_triplets, triplet_source, write_triplets
 from gist_dist.models.encoder import Guide, Student
-from gist_dist.models.guide_cache import guide_fingerprint, open_guide_cache
+from gist_dist.models.guide_cache import embedding_fingerprint, open_guide_cache
 from gist_dist.models.tokenizer import token_keys
 from gist_dist.on_ray.tasks.precompute import precompute_inputs
 
@@ -60,8 +60,8 @@ def _key(config: RunConfig, source: Source, prompt: str, student: Student, guide
         "format": FORMAT,
         "files": source.fingerprint(),
         "recipe": source.config.model_dump(mode="json", exclude={"name", "weight", "prompts", "license", "loss"}),
-        "guide": [guide_fingerprint(guide), prompt],
-        "student": student.fingerprint(),
+        "guide": [embedding_fingerprint(guide), prompt],
+        "student": student.tokenizer_fingerprint(),
         "seed": config.seed,
     }
     return hashlib.sha256(json.dumps(redact(inputs), sort_keys=True).encode()).hexdigest()[:20]

@@ -78,7 +78,7 @@ def train_worker(payload: dict[str, WorkerTask]) -> str:
     world = World.current()
     _log_to_file(config.run_dir, world.rank)
     device = _prepare_device(task, config.cluster.deterministic)
-    wants = Wants(config.run_dir, world.rank, inputs.lock)
+    requests = Requests(config.run_dir, world.rank, inputs.lock)
     observe = OperatorMetrics(config.name) if world.rank == 0 else None
     try:
         student = Student(config.student, device)
@@ -95,13 +95,13 @@ def train_worker(payload: dict[str, WorkerTask]) -> str:
         if inputs.mined:
             corpus.adopt(read_array(config, MINED, inputs.mined))
             corpus.mined_digest = digest_of(inputs.mined)
-        outcome = train(config, corpus, student, guide, world, wants, observe)
+        outcome = train(config, corpus, student, guide, world, requests, observe)
     except Exception as error:
         if not out_of_memory(error):
             raise
         where = "a worker's GPU ran out of memory" if task.use_gpu else "a worker ran out of memory"
         raise OutOfMemory(memory_sentence(config.batch, phase_of(error), where)) from error
-    if outcome == "stopped" and broadcast_object(wants.is_resized, world):
+    if outcome == "stopped" and broadcast_object(requests.is_resized, world):
         if world.rank == 0:
             post(config.run_dir, READY)
         time.sleep(task.resize_patience_s)
@@ -109,7 +109,7 @@ def train_worker(payload: dict[str, WorkerTask]) -> str:
     return outcome
 
 
-class Wants:
+class Requests:
     """What the trainer asks for at every step: None, "checkpoint" (write one now and go on) or "stop".
 
     Rank 0 looks for messages in the run folder, at most once a second. A notice that a node is to be taken away

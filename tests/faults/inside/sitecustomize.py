@@ -34,13 +34,13 @@ class _Wrapper(MetaPathFinder):
 
 
 def _wrapped(train_step, plan):
-    def wrapped(trainee, batch, *arguments, **options):
+    def wrapped(train_state, batch, *arguments, **options):
         time.sleep(plan.get("pace", 0))
-        is_here = plan.get("rank") == trainee.world.rank and plan.get("step") == batch.step
+        is_here = plan.get("rank") == train_state.world.rank and plan.get("step") == batch.step
         if is_here and not os.path.exists(plan["once"]):
             open(plan["once"], "w").close()
             _FAULTS[plan["fault"]]()
-        return train_step(trainee, batch, *arguments, **options)
+        return train_step(train_state, batch, *arguments, **options)
 
     return wrapped
 

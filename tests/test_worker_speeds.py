@@ -1,7 +1,7 @@
 """Dealing by measured speed: nearly equal times for unequal workers, and the same run."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ import tiny_runs
 
 from gist_dist.config import ClusterConfig
 from gist_dist.core.collectives import World
-from gist_dist.core.plan import BatchPlan, cut_chunks, deal
+from gist_dist.core.plan import BatchPlan, assign_chunks, cut_chunks
 from gist_dist.core.step import StepInputs, StepResult
 from gist_dist.models.encoder import Student
-from gist_dist.training.worker_speeds import GRID, Pace
+from gist_dist.training.worker_speeds import GRID, WorkerSpeeds
 
 SPEEDS = (1.0, 0.5, 1.0, 0.05, 0.75)
 
@@ -23,22 +23,24 @@ def lengths(n: int) -> np.ndarray:
 
 def test_unequal_workers_are_done_at_nearly_the_same_time():
     chunks = cut_chunks(lengths(6000), 1024)
-    hands = deal(chunks, len(SPEEDS), SPEEDS)
-    assert sorted(number for hand in hands for number in hand) == list(range(len(chunks)))
-    times = [sum(chunks[c].padded_tokens for c in hand) / speed for hand, speed in zip(hands, SPEEDS, strict=True)]
+    chunks_by_rank = assign_chunks(chunks, len(SPEEDS), SPEEDS)
+    assert sorted(number for own in chunks_by_rank for number in own) == list(range(len(chunks)))
+    times = [
+        sum(chunks[c].padded_tokens for c in own) / speed for own, speed in zip(chunks_by_rank, SPEEDS, strict=True)
+    ]
     ideal = sum(chunk.padded_tokens for chunk in chunks) / sum(SPEEDS)
-    equally = max(sum(chunks[c].padded_tokens for c in hand) for hand in deal(chunks, len(SPEEDS))) / min(SPEEDS)
+    equally = max(sum(chunks[c].padded_tokens for c in own) for own in assign_chunks(chunks, len(SPEEDS))) / min(SPEEDS)
     assert max(times) < 1.05 * ideal < 0.1 * equally
 
 
 def test_a_worker_too_slow_for_any_chunk_gets_none():
     chunks = cut_chunks(np.full(40, 10, np.int32), 100)  # 4 chunks
-    assert deal(chunks, 2, (1.0, 0.1)) == [[0, 1, 2, 3], []]
+    assert assign_chunks(chunks, 2, (1.0, 0.1)) == [[0, 1, 2, 3], []]
 
 
 def test_equal_speeds_deal_as_none_do():
     chunks = cut_chunks(lengths(1000), 512)
-    assert deal(chunks, 7, [0.3] * 7) == deal(chunks, 7)
+    assert assign_chunks(chunks, 7, [0.3] * 7) == assign_chunks(chunks, 7)
 
 
 # ------------------------------------------------------------------------------------------------- learning speeds
@@ -55,20 +57,23 @@ class Group:
     def __post_init__(self) -> None:
         count = len(self.true_speeds)
         self.chunks = cut_chunks(np.full(10 * self.num_chunks, 10, np.int32), 100)
-        self.paces = [Pace(World(rank, count), is_on=True) for rank in range(count)]
+        self.speeds_of_workers = [WorkerSpeeds(World(rank, count), is_on=True) for rank in range(count)]
 
     def step(self) -> list[float]:
         """Seconds that each worker took; then all of them learn."""
-        hands = deal(self.chunks, len(self.paces), self.paces[0].speeds)
-        plan = BatchPlan(1, *[np.zeros(0)] * 6, self.chunks, *[np.zeros(0)] * 2, ())
-        inputs, self.told, taken = StepInputs(hands, [[] for _ in hands], {}, {}), [], []
-        for pace, hand, speed in zip(self.paces, hands, self.true_speeds, strict=True):
-            taken.append(self.overhead_s + sum(self.chunks[c].padded_tokens for c in hand) / speed)
+        chunks_by_rank = assign_chunks(self.chunks, len(self.speeds_of_workers), self.speeds_of_workers[0].speeds)
+        names = [field.name for field in fields(BatchPlan) if field.default is MISSING]
+        plan = BatchPlan(
+            **dict.fromkeys(names, np.zeros(0)) | {"step": 1, "student_chunks": self.chunks, "guide_chunks": ()}
+        )
+        inputs, self.told, taken = StepInputs(chunks_by_rank, [[] for _ in chunks_by_rank], {}, {}), [], []
+        for worker_speeds, own, speed in zip(self.speeds_of_workers, chunks_by_rank, self.true_speeds, strict=True):
+            taken.append(self.overhead_s + sum(self.chunks[c].padded_tokens for c in own) / speed)
             seconds = {"encode": taken[-1] / 3, "backward": taken[-1] * 2 / 3}
-            self.told.append(pace.of_step(plan, inputs, StepResult(0.0, 0.0, {}, False, seconds)))
-        for pace in self.paces:
-            pace.adopt({name: max(each[name] for each in self.told) for name in self.told[0]})
-        assert all(pace.speeds == self.paces[0].speeds for pace in self.paces)
+            self.told.append(worker_speeds.of_step(plan, inputs, StepResult(0.0, 0.0, {}, False, seconds)))
+        for worker_speeds in self.speeds_of_workers:
+            worker_speeds.adopt({name: max(each[name] for each in self.told) for name in self.told[0]})
+        assert all(worker_speeds.speeds == self.speeds_of_workers[0].speeds for worker_speeds in self.speeds_of_workers)
         return taken
 
 
@@ -89,7 +94,7 @@ def test_a_worker_that_recovers_is_given_work_again():
     for _ in range(60):
         taken = group.step()
     assert taken[1] == pytest.approx(taken[0], rel=0.2)
-    assert group.paces[0].speeds == pytest.approx([1.0, 1.0], abs=2 / GRID)
+    assert group.speeds_of_workers[0].speeds == pytest.approx([1.0, 1.0], abs=2 / GRID)
 
 
 def test_noise_hardly_moves_equal_workers():
@@ -105,9 +110,9 @@ def test_noise_hardly_moves_equal_workers():
 def test_alone_or_off_nothing_is_exchanged(world, is_on):
     assert not ClusterConfig().deal_by_speed
     group = Group([100.0])
-    group.paces = [Pace(world, is_on)]
+    group.speeds_of_workers = [WorkerSpeeds(world, is_on)]
     assert group.step() == [40.0]
-    assert group.told == [{}] and group.paces[0].speeds is None
+    assert group.told == [{}] and group.speeds_of_workers[0].speeds is None
 
 
 # ---------------------------------------------------------------------------------------------------- a real group
