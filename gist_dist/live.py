@@ -121,6 +121,7 @@ def _training(steps: list[dict[str, Any]], num_steps: int | None) -> list["Rende
         ("tokens/s", f"{_mean(row['tokens_per_second'] for row in steps):,.0f}"),
         ("padding", f"{last['padding_fraction']:.1%}"),
         ("masked", f"{last['masked_fraction']:.1%}" + (f" ({', '.join(blocks)})" if blocks else "")),
+        *[("masked weight", f"{last['masked_weight']:.1%}")] * (last.get("masked_weight") is not None),
         ("rows without negatives", f"{last['rows_without_negatives']:,}"),
         ("memory", f"{last['peak_memory_bytes'] / 1e9:.1f} GB a worker"),
     ]  # fmt: skip

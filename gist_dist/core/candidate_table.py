@@ -60,8 +60,8 @@ class CandidateTable:
             at, pair = (rows.unsqueeze(1) == row_of_pair).nonzero(as_tuple=True)
             out[at, columns[pair]] = True
         if self.loss.negatives == "own" and "an" in self.layout.columns:
-            columns = self.layout.columns["an"]
-            out[:, columns] |= ~self._is_own_negative(rows)[:, columns]
+            negatives = self.layout.columns["an"]
+            out[:, negatives] |= ~self._is_own_negative(rows)[:, negatives]
         return out
 
     def _is_own_negative(self, rows: Tensor) -> Bool[Tensor, "r c"]:

@@ -39,7 +39,7 @@ class Layout:
                 self.slices.append((part, slice(start, stop), slice(start + offset, stop + offset)))
         self.own_columns = [self.columns[part].start for part in ("ap", "aa", "pp") if part in self.parts]
         """Where the row of number 0 meets its own positive, or itself; the next row in the next column."""
-        self.own_negatives = None
+        self.own_negatives: Tensor | None = None
         """Where a row has its own only: whose each is."""
         if config.negatives == "own":
             assert batch.negative_rows is not None

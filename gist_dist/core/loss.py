@@ -169,6 +169,7 @@ class _Block:
         self.counts[f"candidates_{part}"] += num_candidates - num_gone
 
     def _drop_by_guide(self, part: str, table: slice, columns: slice, piece: Float[Tensor, "b c"]) -> None:
+        assert self.scorer.guides is not None and self.guide_positive is not None
         query = self.scorer.guides[self.positive if part == "pp" else self.anchor]
         guide_scores = query @ self.scorer.guides[table].T
         masked = false_negatives(guide_scores, self.guide_positive, self.config).logical_and_(piece > -torch.inf)

@@ -269,7 +269,10 @@ def batch_index(plan: BatchPlan, device: torch.device) -> BatchIndex:
     """What the loss has to know of a plan."""
     known_rows, known_places = (None, None) if plan.known is None else map(torch.from_numpy, plan.known)
     return BatchIndex(
-        *(torch.from_numpy(array) for array in (plan.anchors, plan.positives, plan.negatives, plan.identity)),
+        anchors=torch.from_numpy(plan.anchors),
+        positives=torch.from_numpy(plan.positives),
+        negatives=torch.from_numpy(plan.negatives),
+        identity=torch.from_numpy(plan.identity),
         negative_rows=torch.from_numpy(plan.negative_rows),
         known_rows=known_rows,
         known_places=known_places,

@@ -25,8 +25,9 @@ from gist_dist.common.progress import Progress, progress_of
 from gist_dist.common.text import one_line, percent, text_table
 from gist_dist.config import GuideConfig, RunConfig
 from gist_dist.core.candidate_table import CandidateTable
-from gist_dist.core.candidates import BatchIndex, false_negatives
+from gist_dist.core.candidates import false_negatives
 from gist_dist.core.plan import plan_batch
+from gist_dist.core.step import batch_index
 from gist_dist.data.clusters import cluster_source, neighbours_together
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.sources import Source
@@ -186,8 +187,7 @@ class _Sample:
         num_batches = max(1, min(len(self.rows) // size, -(-SCORED_ROWS // size)))
         for start in range(0, num_batches * size, size):
             plan = plan_batch(self.corpus, self.rows[start : start + size], 0, self.config.batch.chunk_tokens, False)
-            index = (plan.anchors, plan.positives, plan.negatives, plan.identity)
-            batch = BatchIndex(*(torch.from_numpy(array) for array in index))
+            batch = batch_index(plan, torch.device("cpu"))
             at = torch.from_numpy(np.searchsorted(self.texts, plan.texts))
             table = CandidateTable(batch, self.guide[at], self.config.loss)
             cluster = None if self.cluster is None else torch.from_numpy(self.cluster[plan.texts])

@@ -12,9 +12,9 @@ from torch import nn
 from gist_dist.common.text import plural
 from gist_dist.config import RunConfig
 from gist_dist.core.candidate_table import mean_guide_similarity
-from gist_dist.core.candidates import BatchIndex
 from gist_dist.core.gradcache import ActivationBudget
 from gist_dist.core.plan import BatchPlan, Chunk, assign_chunks, plan_batch
+from gist_dist.core.step import batch_index
 from gist_dist.data.corpus import Corpus
 from gist_dist.data.row_rules import known_positives_lines
 from gist_dist.data.sampler import Epoch, Sampler
@@ -412,7 +412,7 @@ def _similarity(config: RunConfig, guide: Guide, corpus: Corpus, plans: Sequence
         positions = cache.find(corpus.guide_keys[plan.guide_inputs])
         if (positions < 0).any():
             return None
-        index = BatchIndex(*map(torch.from_numpy, (plan.anchors, plan.positives, plan.negatives, plan.identity)))
+        index = batch_index(plan, torch.device("cpu"))
         embeddings = torch.from_numpy(cache.embeddings(positions)).float()
         similarities.append(mean_guide_similarity(index, embeddings[torch.from_numpy(plan.guide_input_of)]))
     return float(np.mean(similarities))

@@ -121,7 +121,10 @@ def _training_sentence(training: dict[str, Any]) -> str | None:
     first, last, masked = training["loss_first"], training["loss_last"], training["masked_fraction"]["all"]
     is_long = training["steps"] >= MANY_STEPS and first is not None and last is not None
     loss = f", loss {first:.3f} → {last:.3f}" if is_long else ""
-    guided = f"; the guide took {percent(masked)} of the candidates out" if masked else ""
+    weight = training["masked_weight"]["all"]
+    guided = f"; the guide took out {percent(masked)} of the candidates" if masked else ""
+    if guided and weight is not None:
+        guided += f", {percent(weight)} of the negatives' weight"
     took = f"in {duration(training['seconds']['step'])} at {training['pairs_per_second']:,.0f} pairs/s"
     return f"{plural(training['steps'], 'step')} {took}{loss}{guided}."
 

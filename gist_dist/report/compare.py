@@ -182,6 +182,8 @@ NUMBERS = {
     "clipped_fraction": ("Steps with clipped gradient", "percent"),
     "masked_fraction.all": ("Masked, all candidates", "percent"),
     **{f"masked_fraction.{block}": (f"Masked, {words}", "percent") for block, words in BLOCKS.items()},
+    "masked_weight.all": ("Masked weight", "percent"),
+    "known_weight": ("Known positives' weight", "percent"),
     "rows_without_negatives_fraction": ("Rows without a negative", "percent"),
     "positive_similarity": ("Cosine of positives, last steps", "cosine"),
     "padding_fraction": ("Padding", "percent"),

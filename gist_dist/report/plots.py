@@ -86,6 +86,14 @@ CURVES = (
         smooth=True,
     ),
     Curves(
+        "masked_weight",
+        "Weight in the softmax, % of all negatives'",
+        "masking",
+        {"masked_weight": "masked", "identical_weight": "identical", "known_weight": "known positives"},
+        scale=100.0,
+        smooth=True,
+    ),
+    Curves(
         "rows_without_negatives",
         "Rows of a batch without a negative",
         "masking",

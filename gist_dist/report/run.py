@@ -71,7 +71,7 @@ def read_run(run_dir: Path) -> Run:
     metrics, unreadable = _read_metrics(folder / METRICS)
     if not config.get("guide"):
         # Nothing can be masked then, and 0 % would read as a finding.
-        metrics = [{key: row[key] for key in row if not key.startswith("masked_fraction")} for row in metrics]
+        metrics = [{key: row[key] for key in row if not key.startswith("masked_")} for row in metrics]
     scores = {label: read_results(folder / "mteb" / label) for label in ("baseline", "trained", "guide")}
     return Run(
         folder=folder,

@@ -11,7 +11,7 @@ from gist_dist.report.run import Run
 def summarize_training(run: Run) -> dict[str, Any]:
     """Totals and averages of the steps so far; fractions in 0..1, seconds, bytes; None if nothing is known.
 
-    Masked fractions and padding are means over steps; first and last are over a twentieth of the steps.
+    Masked fractions and weights, and padding, are means over steps; first and last are over a twentieth of the steps.
     """
     metrics = run.metrics
     loss_first, loss_last = _first_last(metrics, "loss") or (None, None)
@@ -21,6 +21,8 @@ def summarize_training(run: Run) -> dict[str, Any]:
     lonely = math.fsum(_values(metrics, "rows_without_negatives"))
     masked = {"all": _average(metrics, "masked_fraction")}
     masked |= {block: _average(metrics, f"masked_fraction_{block}") for block in BLOCKS}
+    weight = {"all": _average(metrics, "masked_weight")}
+    weight |= {block: _average(metrics, f"masked_weight_{block}") for block in BLOCKS}
     return {
         "steps": metrics[-1]["step"] if metrics else 0,
         "planned_steps": run.data.get("steps"),
@@ -33,6 +35,11 @@ def summarize_training(run: Run) -> dict[str, Any]:
         "clipped_fraction": fmean(norm > limit for norm in grad_norms) if grad_norms and limit else None,
         "learning_rate_peak": max(_values(metrics, "learning_rate"), default=None),
         "masked_fraction": masked,
+        "masked_weight": weight,
+        "identical_weight": _average(metrics, "identical_weight"),
+        "known_weight": _average(metrics, "known_weight"),
+        "known_dropped": int(sum(_values(metrics, "known_dropped"))),
+        "promoted": int(sum(_values(metrics, "promoted"))),
         "identical_dropped": int(sum(_values(metrics, "identical_dropped"))),
         "rows_without_negatives": int(lonely),
         "rows_without_negatives_fraction": lonely / rows if rows else None,

@@ -6,6 +6,9 @@ from typing import Any
 from gist_dist.common.text import listed, one_line, percent, plural
 from gist_dist.report.run import Run
 
+LITTLE_WEIGHT, MUCH_WEIGHT = 0.005, 0.9
+"""Shares of the negatives' softmax weight; facts and figures: docs/methodology.md, What the mask is worth."""
+
 
 def find_warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> list[dict[str, str]]:
     """What a careful reader would point at: [{code, text}], codes stable for scripts."""
@@ -73,17 +76,27 @@ def _guide_warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any])
         )
     if not run.config.get("guide") or masked["all"] is None:
         return
+    weight = training["masked_weight"]["all"]  # None in runs of before it was measured
     if masked["all"] == 0:
         yield (
             "nothing_masked",
             "The guide masked no candidate at all: it cost time and changed nothing. Raise loss.margin or "
             "take another guide.",
         )
-    if masked["all"] > 0.5:
+    elif weight is not None and weight < LITTLE_WEIGHT:
+        yield (
+            "little_masked",
+            f"What the guide masked had {percent(weight)} of the negatives' weight in the softmax: without the guide "
+            "the run would have been about the same. gist-dist inspect tells where a guide matters: a lower "
+            "temperature, a larger batch, clustered batches, other data.",
+        )
+    if (masked["all"] if weight is None else weight) > (0.5 if weight is None else MUCH_WEIGHT):
+        share = f"{percent(masked['all'])} of the candidates"
+        if weight is not None:
+            share = f"{percent(weight)} of the negatives' weight in the softmax"
         yield (
             "much_masked",
-            f"The guide masked {percent(masked['all'])} of the candidates: it hardly tells positives from "
-            "the rest, or loss.margin is too high.",
+            f"The guide masked {share}: it hardly tells positives from the rest, or loss.margin is too high.",
         )
     if (masked["ap"] or 0) > 0.5:
         yield (

@@ -51,9 +51,9 @@ class _StepProgress:
     def show(self, line: dict[str, Any]) -> None:
         step = line["step"]
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-        speed, masked = line["pairs_per_second"], 100 * line["masked_fraction"]
+        speed, masked = line["pairs_per_second"], 100 * (line.get("masked_weight") or 0.0)
         self.progress.reach(
             step - self.first,
-            f"step {step}/{self.num_steps}  loss {loss}  {speed:.0f} pairs/s  masked {masked:.1f} %",
+            f"step {step}/{self.num_steps}  loss {loss}  {speed:.0f} pairs/s  masked weight {masked:.1f} %",
             now=step in (self.first + 1, self.num_steps),
         )

@@ -14,6 +14,7 @@ SERIES = {
     "pairs_per_second": "Rows of the global batch per second",
     "tokens_per_second": "Student tokens per second, without padding",
     "masked_fraction": "Share of the candidates that the guide drops",
+    "masked_weight": "Share of the negatives' softmax weight that the guide drops",
     "padding_fraction": "Share of the encoded tokens that is padding",
     "rows_without_negatives": "Rows of the batch that have no candidate left",
     "peak_memory_bytes": "Most memory that a worker has used: of its GPU, or resident on a CPU",
