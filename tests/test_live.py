@@ -20,7 +20,8 @@ from gist_dist.runs.metrics_file import Tail
 
 LINE = {
     "step": 7, "loss": 0.5, "grad_norm": 1.25, "learning_rate": 2e-5, "world_size": 2, "pairs_per_second": 100.0,
-    "tokens_per_second": 4000.0, "padding_fraction": 0.01, "masked_fraction": 0.025, "masked_weight": 0.31, "masked_fraction_ap": 0.03,
+    "tokens_per_second": 4000.0, "padding_fraction": 0.01, "masked_fraction": 0.025,
+    "masked_weight": 0.31, "masked_fraction_ap": 0.03,
     "masked_fraction_aa": None, "masked_fraction_pp": 0.01, "masked_fraction_an": None, "rows_without_negatives": 3,
     "seconds": {"step": 2.0}, "peak_memory_bytes": 1_500_000_000,
 }  # fmt: skip

@@ -17,7 +17,8 @@ from gist_dist.runs.metrics_file import read_metrics
 
 LINE = {
     "step": 7, "epoch": 0.5, "loss": 1.25, "grad_norm": 3.0, "learning_rate": 2e-5, "pairs_per_second": 310.0,
-    "tokens_per_second": 9000.0, "masked_fraction": 0.125, "masked_weight": 0.375, "padding_fraction": 0.0625, "rows_without_negatives": 2,
+    "tokens_per_second": 9000.0, "masked_fraction": 0.125,
+    "masked_weight": 0.375, "padding_fraction": 0.0625, "rows_without_negatives": 2,
     "peak_memory_bytes": 2**31, "world_size": 4, "seconds": {"encode": 0.5, "loss": 0.25, "step": 1.0},
     "sources": {"a": 7}, "skipped": None,
 }  # fmt: skip

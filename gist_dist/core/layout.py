@@ -46,8 +46,10 @@ class Layout:
             self.own_negatives = batch.negative_rows.cpu()
         self.known = self._pairs(batch.known_rows, batch.known_places)
         further = batch.further_positives
-        rows = None if further is None else (further.cpu() >= 0).nonzero()
-        self.further = Pairs() if rows is None else self._pairs(rows[:, 0], further.cpu()[rows[:, 0], rows[:, 1]])
+        self.further = Pairs()
+        if further is not None:
+            rows, columns = (further.cpu() >= 0).nonzero(as_tuple=True)
+            self.further = self._pairs(rows, further.cpu()[rows, columns])
 
     def places(self, columns: Int[Tensor, "*k"]) -> tuple[Int[Tensor, "*k"], Bool[Tensor, "*k"]]:
         """In the table; and whether they are candidates of the row's positive, not of its anchor."""
