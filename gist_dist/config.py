@@ -123,7 +123,7 @@ class StudentConfig(Section):
 
 
 class GuideConfig(Section):
-    """The frozen model that tells false negatives."""
+    """The frozen model that identifies false negatives."""
 
     model: Annotated[ModelPath, Field(min_length=1)] | None = None
     """Hub id or folder of a SentenceTransformer. Left out in mode self; with refresh, null starts from the student."""
@@ -139,7 +139,7 @@ class GuideConfig(Section):
     """online: the guide encodes every batch's texts within the step. cache: it encodes every text of the corpus once,
     before training, and steps read that. self: the student's own embeddings of the step serve as the guide's."""
     refresh: int | None = Field(default=None, ge=1)
-    """After every so many steps the guide becomes a frozen copy of the student as it then is; null: never."""
+    """Every N steps the guide becomes a frozen copy of the student; null: never."""
     cache_dir: WrittenPath | None = None
     """Where guide embeddings are kept, one folder for each guide; a path or URI that all nodes reach. By default
     output_dir/guide_cache."""
@@ -347,7 +347,7 @@ class Mine(Section):
     negatives: int = Field(default=4, ge=1, le=100)
     """Added to each row, where so many pass."""
     every_steps: int | None = Field(default=None, ge=1)
-    """After every so many steps they are searched anew by the student as it then is; null: only before training, by the
+    """Every N steps they are searched anew with the current student; null: only before training, by the
     guide."""
     relative_margin: float | None = Field(default=0.05, ge=0, lt=1)
     """A negative scores at most the positive's score less this share of it; null: no bound."""
@@ -476,7 +476,7 @@ class OptimConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: int | None = Field(default=100, ge=1)
-    """A resumable checkpoint after so many steps, and always after the last; null: only after the last."""
+    """A resumable checkpoint every N steps, and always after the last; null: only after the last."""
     keep: int = Field(default=2, ge=1)
     """How many checkpoints stay; older ones are removed once a new one is complete."""
     dir: Annotated[WrittenPath, Field(min_length=1)] | None = None
@@ -536,7 +536,7 @@ class ClusterConfig(Section):
     runtime_env: Annotated[dict[str, Any], AfterValidator(_with_plain_variables)] = {}
     """Ray runtime environment of the workers."""
     deal_by_speed: bool = False
-    """Give each worker as much to encode as it was fast in the steps before, where nodes differ. It changes how long a
+    """Give each worker work in proportion to its measured speed, where nodes differ. It changes how long a
     step takes, not what it computes."""
     deterministic: bool = True
     """On a GPU, only operations that give the same bits every time; one that can't ends the run with its name."""
@@ -683,7 +683,7 @@ class RunConfig(Section):
 
     @property
     def has_guide_model(self) -> bool:
-        """Whether a model besides the student tells false negatives: not without a guide, nor in mode self."""
+        """Whether a model besides the student identifies false negatives: not without a guide, nor in mode self."""
         return self.guide_mode not in (None, "self")
 
     @property

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 SHOWN_STEPS = 20
-"""Loss, speed and time left are means of so many steps."""
+"""Loss, speed and time left are means over this many steps."""
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def test_missing_file_column_and_split(run, tmp_path):
     folder.mkdir()
     tiny.write_jsonl(folder / "train.jsonl", ROWS)
     assert run(**source(folder, split="dev")) == f"data.sources[0]: no split 'dev' in {folder} (has: train)"
-    assert "'nobody/nothing' is no file here, and can't be had as a Hub dataset: " in run(**source("nobody/nothing"))
+    assert "'nobody/nothing' is no file here, and can't be loaded as a Hub dataset: " in run(**source("nobody/nothing"))
 
 
 def test_rows_without_a_usable_text(run, tmp_path):
@@ -99,10 +99,10 @@ def test_rows_without_a_usable_text(run, tmp_path):
         pa.table({"anchor": pa.array([], pa.string()), "positive": pa.array([], pa.string())}), tmp_path / "e.parquet"
     )
     assert run(path=tmp_path / "e.parquet", command="plan") == f"data.sources[0]: {tmp_path}/e.parquet has no rows"
-    mended = {"data": {"sources": [{"path": str(path)}], "unusable_rows": "error"}}
-    assert run([*ROWS, empty[2]], command="plan", **mended) == (
+    fixed = {"data": {"sources": [{"path": str(path)}], "unusable_rows": "error"}}
+    assert run([*ROWS, empty[2]], command="plan", **fixed) == (
         "data.sources[0]: unusable 1 of 37 rows: positive is missing (1); the first (counting from 0): "
-        "pairs.jsonl row 36: positive is missing; mend them or set data.unusable_rows=drop"
+        "pairs.jsonl row 36: positive is missing; fix them or set data.unusable_rows=drop"
     )
 
 
@@ -194,7 +194,7 @@ def test_a_column_that_changes_type_between_files(run, tmp_path):
     pq.write_table(pa.table({"anchor": ["a"], "positive": [1.5]}), folder / "1.parquet")
     assert run(path=folder) == (
         "data.sources[0]: column 'positive' of 1.parquet holds double, not text as in 0.parquet; "
-        "mend that file or leave it out"
+        "fix that file or leave it out"
     )
 
 

@@ -415,7 +415,7 @@ def test_a_run_goes_on_from_object_storage_when_its_folder_is_lost(runs, undistu
 
 
 def test_storage_that_fails_and_comes_back(runs, undisturbed, outage, caplog):
-    """Down at step 2, whose checkpoint is given up; down again at the last, which is tried until it works."""
+    """Down at step 2, whose checkpoint is abandoned; down again at the last, which is tried until it works."""
     tree = runs.tree("outage", guide=REFRESHED, checkpoint={"dir": outage.place, "retry_seconds": 0})
     steps = []
 
@@ -434,7 +434,7 @@ def test_storage_that_fails_and_comes_back(runs, undisturbed, outage, caplog):
 
     def fail_at_the_end() -> None:
         if next(asked) == STEPS:
-            while not store.exists("step-00000004/COMMIT.json"):  # or it is given up for the one that comes now
+            while not store.exists("step-00000004/COMMIT.json"):  # or it is abandoned for the one that comes now
                 time.sleep(0.05)
             outage.is_down = True
             threading.Timer(1.0, setattr, (outage, "is_down", False)).start()
@@ -448,7 +448,7 @@ def test_storage_that_is_away_at_the_start_is_waited_for(runs, outage):
     tree = runs.tree("away", checkpoint={"dir": outage.place, "retry_seconds": 0})
     outage.is_down = True
     with pytest.raises(
-        UserError, match=r"the checkpoints in s3://outage/runs/away\?.* can't be read: .*mend the storage"
+        UserError, match=r"the checkpoints in s3://outage/runs/away\?.* can't be read: .*fix the storage"
     ):
         runs.train(tree)
     threading.Timer(0.7, setattr, (outage, "is_down", False)).start()

@@ -397,7 +397,7 @@ def test_one_failing_task_does_not_lose_the_others(
             "output_dir": str(tmp_path),
             "student": {"model": str(one_layer)},
             "data": {"sources": [{"path": "unused.parquet"}]},
-            # SICK-R is one of MTEB's, but its data can't be had: there is no Hub here.
+            # SICK-R is one of MTEB's, but its data can't be loaded: there is no Hub here.
             "evaluate": {"tasks": ["OurPairs", "Broken", "OurSearch", "SICK-R"], "local_tasks": str(tasks)},
         }
     )

@@ -136,7 +136,7 @@ def test_a_killed_task_is_run_again_and_one_without_data_fails_alone(ray_session
     assert "trained Killed: its process was killed or crashed; it is started again" in caplog.messages
     assert set(failures["trained"]) == {"SICK-R", "Vanished"}
     assert failures["trained"]["Vanished"].startswith(f"{tasks / 'Vanished'}: not a task of MTEB's, and no evaluation")
-    assert failures["trained"]["SICK-R"].startswith("SICK-R: its data can't be had (")
+    assert failures["trained"]["SICK-R"].startswith("SICK-R: its data can't be loaded (")
     assert failures["trained"]["SICK-R"].endswith(f"; put them into {tasks / 'SICK-R'}, or make the Hub reachable")
     assert json.loads((tmp_path / "mteb" / "failures.json").read_text()) == failures
 
@@ -227,7 +227,7 @@ def test_training_is_not_repeated_because_an_evaluation_failed(ray_session, mode
 
     assert main(["train", str(file)]) == 1
     assert set(json.loads((run / "mteb" / "failures.json").read_text())) == {"baseline", "trained"}
-    assert "MTEB task SICK-R failed (trained): SICK-R: its data can't be had" in capsys.readouterr().out
+    assert "MTEB task SICK-R failed (trained): SICK-R: its data can't be loaded" in capsys.readouterr().out
     assert "The evaluation on SICK-R failed" in (run / "model" / "README.md").read_text()
     assert (run / "report.html").is_file()
     assert len(list((run / "mteb" / "results" / "local__ours").glob("*/Fine.json"))) == 1

@@ -30,7 +30,7 @@ CASES = {
     "yaml": 100, "recipes": 40, "sources": 60, "corpora": 25, "guide_caches": 60, "tasks": 40, "checkpoints": 60,
     "reports": 4, "runs": 60, "models": 20,
 }  # fmt: skip
-MENDED = ("guide_caches", "checkpoints", "reports")
+FIXED = ("guide_caches", "checkpoints", "reports")
 """Where what is damaged is made again, passed over or shown as it is."""
 MINIMAL = "name: run\nstudent: {model: m}\ndata: {sources: [{path: a}]}\n"
 
@@ -45,7 +45,7 @@ def test_hostile_input_works_or_is_refused_in_a_sentence(target, tmp_path, fuzz_
         outcomes["refused" if outcome.startswith("refused") else "worked"] += 1
         shutil.rmtree(tmp_path / str(seed))
     assert outcomes["worked"], "nothing but refusals tests little"
-    assert outcomes["refused"] or target in MENDED, "none of it was hostile"
+    assert outcomes["refused"] or target in FIXED, "none of it was hostile"
 
 
 @pytest.mark.parametrize(

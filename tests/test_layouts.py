@@ -232,7 +232,7 @@ def test_files_without_a_header(tmp_path):
     assert rows_of(source(path, format=options)) == [
         ('what is "rain', "water from clouds", ("tea",)), ('"a b', "c", ("d",))
     ]  # fmt: skip
-    assert "line 1 has 3 cells where the header has 2; mend or remove it, or set format.names" in refused(
+    assert "line 1 has 3 cells where the header has 2; fix or remove it, or set format.names" in refused(
         path, format=options | {"names": ["anchor", "positive"]}
     )
 

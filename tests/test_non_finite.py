@@ -77,7 +77,7 @@ def test_stop_names_the_step_and_its_rows_on_every_rank(runs, undisturbed):
     assert blamed in numbers[np.array(lengths) == max(lengths)]
     assert f"the student's embedding is not finite of rows row {blamed} (counting from 0; all its rows" in told[0]
     assert "the state before it is kept in" in told[0] and "optim.non_finite=skip" in told[0]
-    # It is kept: the step was not taken, and a student that is mended goes on from there.
+    # It is kept: the step was not taken, and a student that is fixed goes on from there.
     assert checkpoints(tree) == [2] and [line["step"] for line in curve(tree)] == [1, 2]
     assert runs.train(tree) == "finished"
     assert_same_run(tree, undisturbed, 1e-5)

@@ -568,7 +568,7 @@ def test_a_column_of_another_type_is_named(tmp_path):
     pq.write_table(pa.table({"anchor": ["a"], "positive": [7], "negative": ["n"]}), tmp_path / "b.parquet")
     assert refused(tmp_path) == (
         "data.sources[0]: column 'positive' of b.parquet holds int64, not text as in a.parquet; "
-        "mend that file or leave it out"
+        "fix that file or leave it out"
     )
     assert "column 'positive' of b.parquet holds int64, not text; set columns.positive" in refused(
         tmp_path / "b.parquet"
@@ -582,7 +582,7 @@ def test_a_column_that_only_some_files_have(tmp_path):
     pq.write_table(table().drop_columns(["positive"]), tmp_path / "b.parquet")
     assert refused(tmp_path) == (
         "data.sources[0]: column 'positive' of a.parquet is not in b.parquet (has: 'anchor', 'negative'); "
-        "mend that file or leave it out"
+        "fix that file or leave it out"
     )
     pq.write_table(table().drop_columns(["negative"]), tmp_path / "b.parquet")
     assert "column 'negative' of a.parquet is not in b.parquet" in refused(tmp_path)
@@ -614,7 +614,7 @@ def test_json_files_where_rows_differ(tmp_path):
     assert read.report.dropped == {"positive is int, not text": 1}
     assert read.report.first_dropped == ["d.jsonl row 0: positive is int, not text"]
     write_jsonl(tmp_path / "e.jsonl", [{"anchor": "a"}])
-    assert "column 'positive' of a.jsonl is not in e.jsonl (has: 'anchor'); mend that file" in refused(tmp_path)
+    assert "column 'positive' of a.jsonl is not in e.jsonl (has: 'anchor'); fix that file" in refused(tmp_path)
 
 
 def test_folders_of_several_formats(tmp_path):
@@ -688,7 +688,7 @@ def damaged(folder: Path) -> dict[str, tuple[bytes, str]]:
         "same.arrow": ((folder / "twice.feather").read_bytes(), "same.arrow has two columns 'positive'; rename one"),
         "same.csv": (b"anchor,positive,positive\na,b,c\n", "same.csv has two columns 'positive'; rename one"),
         "open.csv": (b'anchor,positive\na,b\nc,"d\n' + b"e,f\n" * 1000, "open.csv line 3 is no CSV (unexpected end "
-                     "of data); mend it: a quote within a quoted cell is written twice, and one that opens a cell "
+                     "of data); fix it: a quote within a quoted cell is written twice, and one that opens a cell "
                      "closes it; or set format.quoting=none if quotes are part of the texts"),
         "quote.csv": (b'anchor,positive\n"6" pipe",b\n', "quote.csv line 2 is no CSV ("),
         "wide.jsonl": (line.decode().encode("utf-16-le"),
@@ -720,7 +720,7 @@ def damaged(folder: Path) -> dict[str, tuple[bytes, str]]:
         "latin.csv": (latin, "latin.csv is not UTF-8 text; convert it"),
         "head.csv": ("é,positive\na,b\n".encode("latin-1"), "head.csv is not UTF-8 text; convert it"),
         "ragged.csv": (b"anchor,positive\na,b\nc,d,e\n",
-                       "ragged.csv line 3 has 3 cells where the header has 2; mend or remove it"),
+                       "ragged.csv line 3 has 3 cells where the header has 2; fix or remove it"),
         "empty.csv": (b"", "empty.csv is empty"),
         "what.xlsx": (b"x", "what.xlsx is of no known format (known: .parquet, "),
     }  # fmt: skip
@@ -793,7 +793,7 @@ def test_a_missing_hub_dataset_is_one_sentence_at_once(monkeypatch):
     message = refused("nobody/nothing-here")
     assert time.monotonic() - started < 20
     assert message == (
-        "data.sources[0]: 'nobody/nothing-here' is no file here, and can't be had as a Hub dataset: "
+        "data.sources[0]: 'nobody/nothing-here' is no file here, and can't be loaded as a Hub dataset: "
         "the Hub is out of reach and its cache hasn't it"
     )
 

@@ -118,7 +118,7 @@ def test_a_tracker_that_is_away_ends_a_new_run_before_it_trains_and_no_later_one
     (tmp_path / "file").write_text("a file, so no folder of a store can be made in it")
     uri = f"sqlite:///{tmp_path}/file/store.db"
     tree = runs.tree("away", tracking={"tensorboard": False, "mlflow": {"uri": uri}})
-    with pytest.raises(UserError, match=r"^tracking.mlflow can't be opened: .*; mend that, or leave it out$"):
+    with pytest.raises(UserError, match=r"^tracking.mlflow can't be opened: .*; fix that, or leave it out$"):
         runs.train(tree)
     assert not curve(tree)
 

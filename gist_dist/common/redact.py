@@ -82,7 +82,7 @@ def _is_secret(key: Any) -> bool:
 
 
 def _hidden(value: Any) -> Any:
-    """Masked, with the names below still to be seen. Nothing is not a secret."""
+    """Masked, with the names below still to be seen. Empty values stay."""
     if isinstance(value, dict):
         return {key: _hidden(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -362,7 +362,7 @@ def _tell_rows(source: Source, report: SourceReport, config: RunConfig) -> None:
     if not report.dropped:
         return
     if config.data.unusable_rows == "error":
-        raise UserError(f"{source.where}: unusable {report.complaint()}; mend them or set data.unusable_rows=drop")
+        raise UserError(f"{source.where}: unusable {report.complaint()}; fix them or set data.unusable_rows=drop")
     logger.info("%s: dropped %s", report.name, report.complaint())
 
 

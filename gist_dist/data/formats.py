@@ -221,7 +221,7 @@ class SourceFile:
             if len(cells) != len(header):
                 raise UserError(
                     f"{self.where}: {self.name} line {line} has {len(cells)} cells where the header has {len(header)}; "
-                    f"mend or remove it{', or set format.names' if self.options.names else ''}"
+                    f"fix or remove it{', or set format.names' if self.options.names else ''}"
                 )
             yield tuple([cells[place] or None for place in places])
 
@@ -239,7 +239,7 @@ class SourceFile:
                 cells = next(reader, None)
             except csv.Error as error:
                 raise UserError(
-                    f"{self.where}: {self.name} line {line} is no CSV ({error}); mend it: a quote within a quoted cell "
+                    f"{self.where}: {self.name} line {line} is no CSV ({error}); fix it: a quote within a quoted cell "
                     "is written twice, and one that opens a cell closes it; or set format.quoting=none if quotes "
                     "are part of the texts"
                 ) from None
@@ -341,7 +341,7 @@ class SourceFile:
             return UserError(f"{where} is not UTF-8 text; {OTHER_ENCODING}")
         if isinstance(error, json.JSONDecodeError):
             forms = "" if line > 1 else " (an object a line, or a list of objects, is read)"
-            return UserError(f"{where} is not JSON ({error.msg}); mend or remove it{forms}")
+            return UserError(f"{where} is not JSON ({error.msg}); fix or remove it{forms}")
         # Digits without end, brackets without end.
         return UserError(f"{where} can't be read ({str(error).split(';')[0]}); remove it")
 
@@ -444,7 +444,7 @@ def _load_hub(config: SourceConfig, where: str) -> Any:
         is_away = offline and not isinstance(error, ValueError)  # those speak of the cached copy
         why = "the Hub is out of reach and its cache hasn't it" if is_away else one_line(error)
         raise UserError(
-            f"{where}: '{config.path}' is no file here, and can't be had as a Hub dataset: {why}"
+            f"{where}: '{config.path}' is no file here, and can't be loaded as a Hub dataset: {why}"
         ) from error
 
 

@@ -85,7 +85,7 @@ class JudgedPairs:
                 if number == 0 and not _is_number(score):
                     continue  # the header
                 if not _is_number(score):
-                    raise UserError(f"{file.where}: {file.name} row {number}: score '{score}' is no number; mend it")
+                    raise UserError(f"{file.where}: {file.name} row {number}: score '{score}' is no number; fix it")
                 if float(score) > 0:
                     yield query, document
 

@@ -6,7 +6,7 @@ before all rows of its source were, and any epoch can be drawn without those bef
 
 An epoch is cut into full batches; what is left at the end is a smaller batch. If that would be less than a sixteenth
 of a batch, too few to contrast with, its rows enlarge another. Then texts that came twice into a batch are parted: such
-a row changes places with a row of another batch, so that the texts of a batch are distinct wherever that can be had.
+a row is swapped into another batch, so that the texts of a batch are distinct wherever that can be had.
 """
 
 import threading

@@ -360,7 +360,7 @@ class Source:
                 continue
             if good and setting == "columns.negatives" and is_open:
                 continue
-            remedy = "mend that file or leave it out" if good else f"set {setting}"
+            remedy = "fix that file or leave it out" if good else f"set {setting}"
             if column in has:
                 problem = f"column '{column}' of {name} holds {has[column]}, not {self._need(setting)}"
                 problem += f" as in {good[0]}" if good else ""

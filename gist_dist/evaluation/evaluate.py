@@ -85,7 +85,7 @@ def evaluate_task(
     prompts: put over the model's own, by MTEB's names ("query", "document", a task's name or type); null: the model's
     own. None: the model as it is. A result of the same model content, prompts and local data is left as it is; any
     other is removed before the evaluation begins, so that one that fails or is killed leaves none. UserError for an
-    unusable task or data that can't be had.
+    unusable task or data that can't be loaded.
     """
     folder = Path(folder)
     file = folder / f"{task}.json"
@@ -145,7 +145,7 @@ def _mteb_result(model: Any, task: "AbsTask", evaluate: EvaluateConfig) -> Any:
             raise
         raise UserError(_no_data(task, evaluate, error)) from error
     if not outcome.task_results:
-        # MTEB reports data of private tasks that can't be had instead of raising.
+        # MTEB reports data of private tasks that can't be loaded instead of raising.
         raise UserError(_no_data(task, evaluate, outcome.exceptions[0].exception))
     (result,) = outcome.task_results
     return result
@@ -159,7 +159,7 @@ def _no_data(task: "AbsTask", evaluate: EvaluateConfig, error: object) -> str:
         remedy = f"put them into {Path(folder) / name}, or make the Hub reachable"
     else:
         remedy = f"make the Hub reachable, or set evaluate.local_tasks to a folder that has {name}"
-    return f"{name}: its data can't be had ({one_line(error)}); {remedy}"
+    return f"{name}: its data can't be loaded ({one_line(error)}); {remedy}"
 
 
 def _model_meta(wrapped: Any) -> dict[str, Any]:

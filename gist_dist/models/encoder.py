@@ -424,7 +424,7 @@ def save_model(student: Student, folder: Path, config: RunConfig | None = None) 
 
 
 class Guide(Encoder):
-    """The frozen model that tells false negatives."""
+    """The frozen model that identifies false negatives."""
 
     def __init__(self, config: GuideConfig, device: torch.device | str = "cpu", loaded: Loaded | None = None) -> None:
         super().__init__(config, "guide", device, loaded)

@@ -53,7 +53,7 @@ def _made_ready(
         if not isinstance(text, str | None):
             raise UserError(
                 f"{section}.model: '{name}' has a prompt that is no text, {prompt_name!r} in "
-                "config_sentence_transformers.json; mend it there"
+                "config_sentence_transformers.json; fix it there"
             )
     model.float()  # what is stored narrower loses nothing, and small steps then add up
     _ensure_padding(model, name, section)

@@ -99,8 +99,8 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: RunConfig, clustered: bool = True) -> Prepared:
-    """UserError for models or data that can't be had. clustered: with the clusters that data.mixing asks for, for which
-    the guide encodes all texts."""
+    """UserError for models or data that can't be loaded. clustered: with the clusters that data.mixing asks for, for
+    which the guide encodes all texts."""
     logger.info("loading models and preparing data", extra=phase(PREPARING))
     student = Student(config.student)
     guide = Guide(config.guide_or_student) if config.has_guide_model else None
@@ -142,7 +142,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
     prepared = prepare(config)
     corpus = prepared.corpus
     sampler = Sampler(corpus, config)
-    run.create(config)  # not before: a mistake in the recipe's data can then be mended under the same name
+    run.create(config)  # not before: a mistake in the recipe's data can then be fixed under the same name
     run.write_data_summary(data_summary(corpus, sampler))
     logger.info("%s", "\n".join(outline(config, prepared.student, prepared.guide, corpus, sampler)))
     return prepared

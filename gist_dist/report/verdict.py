@@ -90,7 +90,7 @@ def _headline(rows: list[TaskRow], counted: list[TaskRow], overall: dict[str, An
     if change is None:
         if after is None:
             return f"The mean over {tasks} is {before:.2f} before training; the trained model has no scores yet."
-        unknown = "the untrained student was not evaluated, so no change can be told"
+        unknown = "the untrained student was not evaluated, so the change is unknown"
         return f"The mean over {tasks} is {after:.2f}; {unknown}."
     if change == 0:
         return f"The mean over {tasks} stayed at {after:.2f}."

@@ -19,7 +19,7 @@ def _warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> It
     steps, planned = training["steps"], training["planned_steps"]
     first, last = training["loss_first"], training["loss_last"]
     if planned and steps < planned:
-        yield "unfinished", f"Training stands at step {steps} of {planned}; what follows is of those steps."
+        yield "unfinished", f"Training stopped at step {steps} of {planned}; what follows is of those steps."
     if bad := training["non_finite_steps"]:
         at, end = f"The loss or its gradient was not finite at {plural(len(bad), 'step')} ({listed(bad)})", "."
         if run.section("optim").get("non_finite") == "skip":

@@ -159,7 +159,7 @@ class CheckpointStore:
 class CheckpointWriter:
     """Writes checkpoints in a thread of its own, one after the other, and drops old ones.
 
-    Storage that fails is tried again for checkpoint.retry_seconds; then the checkpoint is given up, one warning says
+    Storage that fails is tried again for checkpoint.retry_seconds; then the checkpoint is abandoned, one warning says
     so, and the next one tries again.
     """
 
@@ -182,13 +182,13 @@ class CheckpointWriter:
         self._writing = self._pool.submit(self._write, snapshot)
 
     def get_ready(self) -> None:
-        """Wait for the write before; where that only waits for its storage to come back, it is given up."""
+        """Wait for the write before; where that only waits for its storage to come back, it is abandoned."""
         self._no_more_tries.set()
         self.finish()
         self._no_more_tries.clear()
 
     def finish(self) -> str | None:
-        """Wait until the newest checkpoint is written or given up, which is told."""
+        """Wait until the newest checkpoint is written or abandoned; returns why."""
         if self._writing:
             self._writing.result()
         return self.problem
@@ -234,7 +234,7 @@ def read_newest(checkpoints: CheckpointStore, retry_seconds: float) -> Snapshot 
         return with_retries(read, f"checkpoints in {checkpoints.place} can't be read", retry_seconds, Event())
     except OSError as error:
         raise UserError(
-            f"the checkpoints in {checkpoints.place} can't be read: {one_line(error)}; mend the storage, or remove "
+            f"the checkpoints in {checkpoints.place} can't be read: {one_line(error)}; fix the storage, or remove "
             "the one that can't be read, and the same command goes on"
         ) from error
 

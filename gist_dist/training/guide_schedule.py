@@ -50,7 +50,7 @@ class Guidance:
         return self._copy
 
     def resume(self, done: int, tensors: dict[str, Tensor]) -> None:
-        """Take up the guide of the step after `done`, on every worker."""
+        """Restore the guide of the step after `done`, on every worker."""
         if self.is_renewed_by(done):
             guide = self._copy_of_student()
             for name, tensor in model_tensors(guide.model).items():

@@ -1,7 +1,7 @@
 """Hard negatives mined again by the student as it goes: data.mine.every_steps (ANCE, Xiong et al. 2021,
 arXiv:2007.00808).
 
-After every so many steps all workers encode the texts with the student as it then is, each a part; each searches for a
+Every N steps all workers encode the texts with the student as it then is, each a part; each searches for a
 part of the anchors, and every row takes what was found. A function of the step: a checkpoint keeps what was found last.
 """
 

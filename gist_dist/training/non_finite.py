@@ -52,7 +52,7 @@ def report_non_finite(config: RunConfig, corpus: Corpus, plan: BatchPlan, result
 
 
 def find_offending_rows(scored: Scored, num_negatives: np.ndarray, loss: LossConfig) -> tuple[str | None, np.ndarray]:
-    """Which rows [g] have an embedding that is not finite, or else a loss that isn't; (None, none) if it can't be told.
+    """Which rows [g] have an embedding that is not finite, or else a loss that isn't; (None, none) if that is unknown.
 
     num_negatives: hard negatives of each row.
     """

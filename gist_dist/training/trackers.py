@@ -144,7 +144,7 @@ class Trackers:
             except Exception as error:  # whatever the library raises
                 told = f"tracking.{name} can't be opened: {_sentence(error)}"
                 if must_open:
-                    raise UserError(f"{told}; mend that, or leave it out") from error
+                    raise UserError(f"{told}; fix that, or leave it out") from error
                 logger.warning("%s; the run goes on without it", told)
 
     def log(self, line: dict[str, Any], step: int | None) -> None:

@@ -81,7 +81,7 @@ def start(folder: Path, runtime_env: dict[str, Any]) -> None:
                 error, ValueError | TypeError
             ):  # those are of a runtime_env, or of too little room
                 raise UserError(
-                    f"the local Ray did not start: {reason}; end other work on this machine, mend cluster.runtime_env "
+                    f"the local Ray did not start: {reason}; end other work on this machine, fix cluster.runtime_env "
                     "if that is what it names, or set cluster.address to a Ray that runs"
                 ) from error
             logger.warning("the local Ray did not start (%s); trying once more", reason)

@@ -87,7 +87,7 @@ def examine_machine(look_at_ray: Callable[[], list[Finding]]) -> Verdict:
             findings += look()
         except Exception as error:
             reason = one_line(error)
-            findings.append(Finding(name, "fail", f"{type(error).__name__}: {reason}", "mend this, then look again"))
+            findings.append(Finding(name, "fail", f"{type(error).__name__}: {reason}", "fix this, then look again"))
     return Verdict(findings)
 
 
@@ -166,7 +166,7 @@ def _gpus_of_driver() -> list[str]:
 
 def _memory() -> list[Finding]:
     if not Path("/proc/meminfo").exists():
-        return [Finding("memory", "warn", "can't be told on this system", "have a few GB free for each worker")]
+        return [Finding("memory", "warn", "unknown on this system", "have a few GB free for each worker")]
     free, total = _memory_gb()
     remedy = "a worker with a small model takes 1 to 2 GB; end other programs" if free < MIN_MEMORY_GB else ""
     return [Finding("memory", "warn" if remedy else "ok", f"{free:.1f} GB free of {total:.1f} GB", remedy)]

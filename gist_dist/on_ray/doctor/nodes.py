@@ -176,7 +176,7 @@ class Nodes:
             promised = int(resources.get("GPU", 0))
             if promised != len(it["gpus"]):
                 text = f"Ray was told of {promised} GPUs and the driver shows {len(it['gpus'])}"
-                self._add(name, "warn", text, "start ray with the right --num-gpus, or mend the driver")
+                self._add(name, "warn", text, "start ray with the right --num-gpus, or fix the driver")
             if it["memory_gb"] < MIN_MEMORY_GB:
                 self._add(name, "warn", f"{it['memory_gb']:.1f} GB memory free", "a worker takes 1 to 2 GB and more")
             if it["shm_gb"] is not None and it["shm_gb"] < MIN_SHM_GB:
@@ -228,7 +228,7 @@ class Nodes:
         try:
             for node in nodes:
                 if refusal := self._one(node, "write", folder, node):
-                    remedy = "mount it there, or mend its permissions"
+                    remedy = "mount it there, or fix its permissions"
                     problems.append((f"{self.names[node]} {refusal} in {place}", remedy))
                 else:
                     written.append(node)

@@ -96,7 +96,7 @@ def _labelled(config: RunConfig, source: Source) -> tuple[list[str], list[str]]:
         reason = f"has no usable row; {report.complaint()}" if report.rows_read else "has no rows"
         raise UserError(f"{source.where}: {report.path} {reason}")
     if report.dropped and config.data.unusable_rows == "error":
-        raise UserError(f"{source.where}: unusable {report.complaint()}; mend them or set data.unusable_rows=drop")
+        raise UserError(f"{source.where}: unusable {report.complaint()}; fix them or set data.unusable_rows=drop")
     if report.dropped:
         logger.info("%s: dropped %s", report.name, report.complaint())
     texts, labels = zip(*pairs, strict=True)
