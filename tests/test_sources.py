@@ -806,3 +806,10 @@ def test_without_a_network_nothing_hangs():
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert "UserError: data.sources[0]: 'nobody/nothing-here'" in done.stderr and "out of reach" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.csv", "rows.arrow"])
+def test_a_file_that_git_lfs_has_not_fetched_is_named_so(tmp_path, name):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 90868376\n"
+    (tmp_path / name).write_text(pointer)
+    assert f"{name} is a Git LFS pointer, not the file itself; run 'git lfs pull'" in refused(tmp_path / name)

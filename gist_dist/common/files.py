@@ -46,3 +46,14 @@ def unsealed(content: bytes) -> dict[str, Any]:
 
 def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether it is what git leaves of a large file where git-lfs has not fetched it: about 130 bytes of text."""
+    try:
+        if file.stat().st_size > 1024:
+            return False
+        with file.open("rb") as content:
+            return content.read(64).startswith(b"version https://git-lfs.github.com/spec/")
+    except OSError:
+        return False

@@ -19,6 +19,7 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.files import is_lfs_pointer
 from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.common.text import one_line
 from gist_dist.config import SourceConfig, TextFormat
@@ -123,6 +124,11 @@ class SourceFile:
         return [self.path, info.size, info.mtime_ns]
 
     def head(self) -> Head:
+        if isinstance(self.filesystem, pa.fs.LocalFileSystem) and is_lfs_pointer(Path(self.path)):
+            raise UserError(
+                f"{self.where}: {self.path} is a Git LFS pointer, not the file itself; run 'git lfs pull' there, or "
+                "download it again"
+            )
         with self._reading():
             if self.format == "parquet":
                 file = pa.parquet.ParquetFile(self.filesystem.open_input_file(self.path))

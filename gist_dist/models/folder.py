@@ -5,18 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gist_dist.common.files import is_lfs_pointer
+
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 FOREIGN = ("*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.tflite", "openvino_model.xml", "*.mlmodel")
 LOADED = (".safetensors", ".bin", ".model", ".json", ".txt", ".py")
-LFS = b"version https://git-lfs.github.com/spec/"
-POINTER_BYTES = 1024
-"""A Git LFS pointer has about 130."""
 
 
 def what_is_wrong(folder: Path) -> str | None:
     """Why this folder can't be used as a model, and what to do; None where its files look like one."""
     for file in _files(folder):
-        if _is_pointer(file):
+        if is_lfs_pointer(file):
             return (
                 f"{_short(file, folder)} is a Git LFS pointer, not the file itself; run 'git lfs pull' in the folder, "
                 "or download the model again"
@@ -154,16 +153,6 @@ def _files(folder: Path) -> Iterator[Path]:
     """Those that are loaded: of the folder, and of its modules."""
     for pattern in ("*", "[0-9]*_*/*"):
         yield from (file for file in sorted(folder.glob(pattern)) if file.suffix in LOADED and file.is_file())
-
-
-def _is_pointer(file: Path) -> bool:
-    try:
-        if file.stat().st_size > POINTER_BYTES:
-            return False
-        with file.open("rb") as content:
-            return content.read(len(LFS)) == LFS
-    except OSError:
-        return False
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
