@@ -6,12 +6,12 @@ loss_kernel.py and collectives.py. Costs neither torch nor ray.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
-from gist_dist.planning.model_shape import ModelShape, model_shape
+from gist_dist.planning.model_shape import ModelShape
 
 # Axes:  g rows   u unique texts   d student width   e guide width   P parameters   W workers, one GPU each
 
@@ -36,8 +36,10 @@ the GPU works on the batch before."""
 HOST_COPY_BYTES_PER_SECOND = 20e9
 """Cached guide embeddings, from pinned memory to the GPU."""
 CONTEXT_BYTES = 1.0e9
-"""CUDA's own, NCCL's buffers and what the allocator keeps."""
+"""CUDA's own, NCCL's buffers and what the allocator keeps; on a CPU, Python and its libraries."""
 KERNEL_BITS_BYTES = 2**28
+ASSUMED_TEXT_TOKENS, ASSUMED_ACTIVATIONS = 64, 20
+"""Without a plan: tokens of a text, and how many vectors of the hidden size autograd keeps of a token in a layer."""
 
 
 Number = float | int
@@ -141,12 +143,10 @@ def estimate(work: Workload, num_gpus: int, gpu: Gpu) -> Estimate:
     student, on_gpu = work.student, gpu is not GPUS["cpu"]
     d, e, u = student.width, work.guide_width, work.texts
 
-    num_chunks = max(1, math.ceil(work.student_tokens / work.chunk_tokens))
-    own_chunks = math.ceil(num_chunks / num_gpus)
-    own_tokens = max(work.largest_chunk, own_chunks * work.student_tokens / num_chunks)
+    own_chunks, own_tokens = busiest_encoding(work, num_gpus)
     length = work.student_tokens / u
     forward = _encode_seconds(student, own_tokens, own_chunks, length, work.student_bf16, gpu)
-    kept = min(1.0, work.activation_budget / max(1.0, own_tokens * work.activation_bytes_per_token))
+    kept = kept_share(work, num_gpus)
 
     own_rows = busiest_rows(work, num_gpus)
     products = (10 if on_gpu else 6) * d + 2 * e  # the kernels score twice more, and keep no scores
@@ -177,10 +177,23 @@ def estimate(work: Workload, num_gpus: int, gpu: Gpu) -> Estimate:
     return Estimate(
         seconds=seconds,
         network=network,
-        memory=_memory(work, kept * own_tokens, num_gpus, gpu),
+        memory=worker_memory(work, kept * own_tokens, num_gpus, on_gpu),
         busy={"encode": work.student_tokens / (own_tokens * num_gpus), "loss": work.rows / (own_rows * num_gpus)},
         kept_share=kept,
     )
+
+
+def busiest_encoding(work: Workload, num_workers: int) -> tuple[int, Number]:
+    """Chunks and padded tokens of the worker that encodes most."""
+    num_chunks = max(1, math.ceil(work.student_tokens / work.chunk_tokens))
+    own_chunks = math.ceil(num_chunks / num_workers)
+    return own_chunks, max(work.largest_chunk, own_chunks * work.student_tokens / num_chunks)
+
+
+def kept_share(work: Workload, num_workers: int) -> Number:
+    """Of that worker's chunks, those whose activations fit the budget, and that are encoded once only."""
+    _, tokens = busiest_encoding(work, num_workers)
+    return min(1.0, work.activation_budget / max(1.0, tokens * work.activation_bytes_per_token))
 
 
 def _encode_seconds(model: ModelShape, tokens: Number, chunks: int, length: Number, bf16: bool, gpu: Gpu) -> Number:
@@ -209,25 +222,27 @@ def _send_seconds(volume: Number, num_gpus: int, gpu: Gpu) -> Number:
 
 
 def busiest_rows(work: Workload, num_gpus: int) -> Number:
-    """Rows that the worker with most blocks scores; loss.row_blocks cuts whole blocks whatever the workers."""
+    """Rows that the worker with most blocks scores; candidates.row_blocks cuts whole blocks whatever the workers."""
     most_candidates = max(work.rows, work.negatives)
-    bytes_per_row = 4 * work.candidates + 7 * min(most_candidates, 1024)
+    bytes_per_row = 4 * work.candidates + 14 * min(most_candidates, 1024)
     size = min(max(1, work.loss_budget // bytes_per_row), max(64, math.ceil(work.rows / 128)))
     blocks = math.ceil(work.rows / size)
-    return min(work.rows, math.ceil(blocks / num_gpus) * size)
+    each, over = divmod(blocks, num_gpus)
+    last = work.rows - (blocks - 1) * size  # which may be smaller, and where one block is over, it is that
+    return min(work.rows, each * size + (last if over == 1 else size * (over > 1)))
 
 
-def _memory(work: Workload, kept_tokens: Number, num_gpus: int, gpu: Gpu) -> dict[str, Number]:
-    d, e, on_gpu = work.student.width, work.guide_width, gpu is not GPUS["cpu"]
-    scattering = d * SUM_BYTES * (SCATTER_COPIES if num_gpus > 1 else 2)
-    scoring = d * SUM_BYTES * 2 + (
-        0 if on_gpu else 4 * (d + e)
-    )  # without the kernels, of embeddings in table order too
+def worker_memory(work: Workload, kept_tokens: Number, num_workers: int, on_gpu: bool) -> dict[str, Number]:
+    """Bytes of the GPU of each worker, or of its process on a CPU, by what they hold."""
+    d, e = work.student.width, work.guide_width
+    scattering = d * SUM_BYTES * (SCATTER_COPIES if num_workers > 1 else 2)
+    in_table_order = 0 if on_gpu else 4 * (d + e)  # of embeddings once more, without the kernels
+    scoring = d * SUM_BYTES * 2 + in_table_order
     guide_bytes = (2 if work.guide_bf16 else 4) * work.guide.num_parameters if work.guide and work.guide_tokens else 0.0
     return {
         "student": work.student.num_parameters * TRAINING_BYTES_PER_PARAMETER,
         "guide": guide_bytes,
-        "embeddings": work.texts * 4 * (d + e) + work.texts / num_gpus * 4 * 2 * d,
+        "embeddings": work.texts * 4 * (d + e) + work.texts / num_workers * 4 * 2 * d,
         "their gradients": work.texts * max(scattering, scoring),
         "loss": KERNEL_BITS_BYTES if on_gpu else work.loss_budget,
         "activations": work.largest_chunk * work.activation_bytes_per_token,
@@ -312,8 +327,8 @@ def workload(plan: Any) -> Workload:
         guide_tokens=mean(sum(c.padded_tokens for c in b.guide_chunks) for b in plans) if guide_online else 0.0,
         chunk_tokens=tokens / chunks,
         largest_chunk=mean(max(chunk.padded_tokens for chunk in batch.student_chunks) for batch in plans),
-        student=_exact(plan.student),
-        guide=_exact(plan.guide) if plan.guide else None,
+        student=plan.student,
+        guide=plan.guide,
         student_bf16=config.student.precision == "bf16",
         guide_bf16=config.guide is not None and config.guide.precision == "bf16",
         contrast_anchors=config.loss.contrast_anchors,
@@ -325,10 +340,29 @@ def workload(plan: Any) -> Workload:
     )
 
 
-def _exact(size: Any) -> ModelShape:
-    """Of a preview.ModelSize: the loaded model's counts; layers from its files."""
-    counts = {"num_parameters": size.num_parameters, "num_encoding": size.num_encoding, "width": size.width}
-    return replace(model_shape(size.model), **counts)
+def assumed_workload(config: RunConfig, student: ModelShape, guide: ModelShape | None) -> Workload:
+    """Of a recipe whose data nobody has looked at: three texts a row, in full chunks."""
+    batch, loss = config.batch, config.loss
+    tokens = float(3 * batch.global_size * ASSUMED_TEXT_TOKENS)
+    return Workload(
+        rows=batch.global_size,
+        texts=3 * batch.global_size,
+        negatives=batch.global_size,
+        student_tokens=tokens,
+        guide_tokens=tokens if guide else 0.0,
+        chunk_tokens=batch.chunk_tokens,
+        largest_chunk=batch.chunk_tokens,
+        student=student,
+        guide=guide,
+        student_bf16=config.student.precision == "bf16",
+        guide_bf16=False,
+        contrast_anchors=loss.contrast_anchors,
+        contrast_positives=loss.contrast_positives,
+        gather_bytes=4,
+        activation_bytes_per_token=ASSUMED_ACTIVATIONS * 4 * student.num_layers * student.hidden,
+        activation_budget=batch.activation_gb * 1e9,
+        loss_budget=batch.loss_gb * 1e9,
+    )
 
 
 def host_memory(config: RunConfig, student: ModelShape, guide: ModelShape | None, on_gpu: bool) -> Number:
@@ -337,12 +371,11 @@ def host_memory(config: RunConfig, student: ModelShape, guide: ModelShape | None
     On a GPU: libraries, both models as they are loaded, a checkpoint's snapshot (weights and Adam's means) and the
     plans of two batches. On a CPU: what the step itself needs besides.
     """
-    batch, texts = config.batch, 3 * config.batch.global_size
+    texts = 3 * config.batch.global_size
     guide_bytes = 4 * guide.num_parameters if guide else 0
     if on_gpu:
         return 6e9 + 16 * student.num_parameters + guide_bytes + texts * 4e3
-    width, guide_width = student.width, guide.width if guide else 0
-    activations = batch.chunk_tokens * student.num_layers * student.hidden * 4 * 20 + batch.activation_gb * 1e9
-    embeddings = texts * (4 * (width + guide_width) + SUM_BYTES * SCATTER_COPIES * width)
-    weights = TRAINING_BYTES_PER_PARAMETER * student.num_parameters + guide_bytes
-    return 1.5e9 + 12 * student.num_parameters + weights + activations + embeddings + batch.loss_gb * 1e9
+    work = assumed_workload(config, student, guide)
+    kept_tokens = work.activation_budget / work.activation_bytes_per_token
+    memory = worker_memory(work, kept_tokens, config.cluster.max_workers, on_gpu=False)
+    return 0.5e9 + 12 * student.num_parameters + sum(memory.values())

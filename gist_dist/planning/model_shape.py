@@ -24,6 +24,8 @@ class ModelShape:
     num_layers: int
     is_assumed: bool = False
     """Nothing of it was found on this machine."""
+    max_tokens: int | None = None
+    """Where a text is cut; None: without a limit, or not known."""
 
     def forward_flops(self, num_tokens: float | int, length: float | int = 0.0) -> float | int:
         """Matrix products with the weights, and of attention within texts of so many tokens."""

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from gist_dist.data.sources import SourceReport
 from gist_dist.data.statistics import source_accounts
 from gist_dist.models.encoder import Encoder, Guide, Student
 from gist_dist.models.guide_cache import open_guide_cache
+from gist_dist.planning.cost_model import kept_share, worker_memory, workload
+from gist_dist.planning.model_shape import ModelShape, model_shape
 from gist_dist.planning.outline import long_text_line, prompt_lines
 
 SAMPLED_BATCHES = 8
@@ -33,22 +35,6 @@ TEXTS_CUT = ("num_student_cut", "num_guide_cut")
 """Of a source: texts longer than the model's limit of tokens."""
 NOT_SUMMED = ("batches", "distinct_texts")
 """Sources share them."""
-TRAINING_BYTES_PER_PARAMETER = 24
-"""Weights 4, gradients 4, their fp64 sums 8, Adam's two means 8."""
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    model: str
-    width: int
-    max_tokens: int | None
-    num_parameters: int
-    num_encoding: int
-    """Parameters without embedding tables: what a token is multiplied with."""
-    num_bytes: int
-
-    def forward_flops(self, num_tokens: float | int) -> float:
-        return 2.0 * self.num_encoding * num_tokens
 
 
 @dataclass(frozen=True)
@@ -78,8 +64,8 @@ class Preview:
     """The first."""
     plans: list[BatchPlan]
     """Of batches spread over the first epoch, as if the guide were online."""
-    student: ModelSize
-    guide: ModelSize | None
+    student: ModelShape
+    guide: ModelShape | None
     """None without a guide, and where the student is its own."""
     guide_inputs: GuideInputs | None
     activation_bytes_per_token: float
@@ -127,8 +113,7 @@ class Preview:
     @property
     def kept_share(self) -> float:
         """Of the chunks, those whose activations fit the budget and that are encoded once."""
-        tokens = float(np.mean([plan.padded_tokens for plan in self.plans])) / self.config.cluster.max_workers
-        return min(1.0, self.config.batch.activation_gb * 1e9 / (tokens * self.activation_bytes_per_token))
+        return float(kept_share(workload(self), self.config.cluster.max_workers))
 
     @property
     def cache_flops(self) -> float:
@@ -289,37 +274,28 @@ class Preview:
         return [("hardness", told)]
 
     def _memory(self) -> list[str]:
-        batch, mode = self.config.batch, self.config.guide_mode
+        mode = self.config.guide_mode
         texts = max(len(plan.texts) for plan in self.plans)
         chunk = max(chunk.padded_tokens for plan in self.plans for chunk in plan.student_chunks)
-        loaded = self.guide if mode == "online" else None
-        no_weights = {None: "none", "self": "the student is its own", "cache": "not loaded: its embeddings are read"}
-        table = [
-            (
-                "student",
-                self.student.num_parameters * TRAINING_BYTES_PER_PARAMETER,
-                "weights, gradients and Adam's means",
-            ),
-            ("guide", loaded.num_bytes if loaded else 0, "weights" if loaded else no_weights[mode]),
-            (
-                "embeddings",
-                texts * self.student.width * 2 * 4,
-                f"the student's, of all {texts:,} texts of a batch, and their gradients, fp32",
-            ),
-            ("", texts * (self.guide.width if self.guide else 0) * 4, "the guide's, fp32"),
-            ("loss", batch.loss_gb * 1e9, "at most: batch.loss_gb"),
-            (
-                "one chunk",
-                chunk * self.activation_bytes_per_token,
-                f"activations of {chunk:,} padded tokens: batch.chunk_tokens",
-            ),
-            ("kept chunks", batch.activation_gb * 1e9, "at most: batch.activation_gb"),
-        ]
-        total = sum(num_bytes for _, num_bytes, _ in table)
-        rows = [(name, _size(num_bytes), what) for name, num_bytes, what in table]
-        return _aligned(
-            [*rows, ("in all", _size(total), "and what Python and libraries take, about 1 GB")], left=(0, 2)
-        )
+        work = replace(workload(self), texts=texts, largest_chunk=chunk)
+        kept_tokens = work.activation_budget / self.activation_bytes_per_token
+        sizes = worker_memory(work, kept_tokens, self.config.cluster.max_workers, on_gpu=False)
+        guides = {
+            "online": "weights", "cache": "not loaded: its embeddings are read", "self": "the student is its own",
+            None: "none",
+        }  # fmt: skip
+        what = {
+            "student": "weights, gradients and Adam's means",
+            "guide": guides[mode],
+            "embeddings": f"of all {texts:,} texts of a batch, the student's and the guide's, fp32",
+            "their gradients": "of all workers' texts, summed in fp64",
+            "loss": "at most: batch.loss_gb",
+            "activations": f"of one chunk, {chunk:,} padded tokens: batch.chunk_tokens",
+            "kept chunks": "at most: batch.activation_gb",
+            "context": "Python and its libraries",
+        }
+        rows = [(name, _size(num_bytes), what[name]) for name, num_bytes in sizes.items()]
+        return _aligned([*rows, ("in all", _size(sum(sizes.values())), "")], left=(0, 2))
 
     def _cost(self) -> list[str]:
         workers, is_online = self.config.cluster.max_workers, self.config.guide_mode == "online"
@@ -384,8 +360,8 @@ def preview(config: RunConfig, student: Student, guide: Guide | None, corpus: Co
         num_steps=sampler.num_steps,
         epoch=epoch,
         plans=plans,
-        student=_model_size(student),
-        guide=_model_size(guide) if guide else None,
+        student=_shape(student),
+        guide=_shape(guide) if guide else None,
         guide_inputs=_guide_inputs(config, guide, corpus) if guide else None,
         activation_bytes_per_token=_activation_bytes(student, corpus, plans),
         similarity=_similarity(config, guide, corpus, plans) if guide else None,
@@ -428,18 +404,17 @@ def _guide_inputs(config: RunConfig, guide: Guide, corpus: Corpus) -> GuideInput
     return GuideInputs(len(texts), int(lengths[texts].sum()), len(missing), int(lengths[missing].sum()))
 
 
-def _model_size(encoder: Encoder) -> ModelSize:
-    parameters = list(encoder.model.parameters())
+def _shape(encoder: Encoder) -> ModelShape:
+    """Layers from the model's files, all else as it is loaded."""
     tables = {id(m.weight): m.weight for m in encoder.model.modules() if isinstance(m, nn.Embedding)}
-    total = sum(p.numel() for p in parameters)
+    total = sum(p.numel() for p in encoder.model.parameters())
     assert encoder.config.model is not None
-    return ModelSize(
-        model=encoder.config.model,
+    return replace(
+        model_shape(encoder.config.model),
         width=encoder.width,
         max_tokens=encoder.max_tokens,
         num_parameters=total,
         num_encoding=total - sum(table.numel() for table in tables.values()),
-        num_bytes=sum(p.numel() * p.element_size() for p in parameters),
     )
 
 
@@ -453,7 +428,7 @@ def _activation_bytes(student: Student, corpus: Corpus, plans: Sequence[BatchPla
     return budget.bytes_per_token
 
 
-def _model_cells(size: ModelSize) -> tuple[str, ...]:
+def _model_cells(size: ModelShape) -> tuple[str, ...]:
     embeddings = size.num_parameters - size.num_encoding
     counts = f"{size.num_parameters / 1e6:,.1f} M", f"{embeddings / 1e6:,.1f} M", f"{size.width:,}"
     return (*counts, str(size.max_tokens or "no limit"), size.model)
