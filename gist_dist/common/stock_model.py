@@ -27,7 +27,7 @@ def prompts_of(model: Any, given: Mapping[str, str | None]) -> Prompts:
 class Adopted(NamedTuple):
     """Prompts and default prompt name for a model to take on."""
 
-    prompts: dict[str, str]
+    prompts: dict[str, Any]
     default_prompt_name: str | None
     note: str | None
     """What a user of encode() should know."""
@@ -64,7 +64,7 @@ def position_limit(transformer: Any) -> int | None:
     if transformer is None:
         return None
     for module in transformer.modules():
-        table = getattr(module, "position_embeddings", None)
+        table: Any = getattr(module, "position_embeddings", None)
         if hasattr(table, "num_embeddings"):
             padding = getattr(module, "padding_idx", table.padding_idx)
             return table.num_embeddings - (padding + 1 if isinstance(padding, int) else 0)

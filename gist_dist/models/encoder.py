@@ -368,6 +368,7 @@ class Student(Encoder):
 
     @property
     def save_dtype(self) -> torch.dtype:
+        assert isinstance(self.config, StudentConfig)
         if self.config.save_dtype == "checkpoint":
             return getattr(torch, self.loaded.stored_dtype or "float32")
         return DTYPES[self.config.save_dtype]
