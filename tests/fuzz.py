@@ -106,6 +106,21 @@ def fuzz_sources(rng: random.Random, place: Path, shared: Path) -> str:
     return "prepared"
 
 
+def fuzz_layouts(rng: random.Random, place: Path, shared: Path) -> str:
+    """Layouts of the field's tools with cells of every shape, retrieval folders, and how text files are to be read."""
+    source = hostile_data.layout(rng, place / "data")
+    tree = good_recipe(place, shared) | {"batch": {"global_size": 2}, "data": {"sources": [source]}, "guide": None}
+    corpus = prepare(RunConfig.model_validate(tree))
+    for row in range(corpus.num_rows):
+        for text in (corpus.anchors[row], corpus.positives[row]):
+            if not corpus.text(int(text)).strip():
+                raise Finding(f"row {row} has a blank text")
+    (report,) = corpus.manifest["reports"]
+    if report["rows_read"] + report["rows_added"] != report["rows_used"] + sum(report["dropped"].values()):
+        raise Finding(f"rows that nobody counted: {report}")
+    return "prepared"
+
+
 def fuzz_corpora(rng: random.Random, place: Path, shared: Path) -> str:
     """A prepared corpus, or one whose preparation was killed, with damaged, missing and edited files."""
     config = RunConfig.model_validate(good_recipe(place, shared))

@@ -68,6 +68,98 @@ def source(rng: random.Random, folder: Path) -> dict[str, Any]:
     return described
 
 
+LAYOUTS = (
+    ("anchor", "positive", "negative_1", "negative_2"),
+    ("query", "pos", "neg", "prompt"),
+    ("query", "positive_passages", "negative_passages"),
+    ("messages", "positive_messages", "negative_messages"),
+    ("query", "response", "rejected_response"),
+    ("sentence1", "sentence2", "score"),
+    ("text", "label"),
+)
+
+
+def layout(rng: random.Random, folder: Path) -> dict[str, Any]:
+    """A source in a layout of the field's, its cells of any shape; or a folder of judged texts."""
+    folder.mkdir(parents=True)
+    odds = rng.choice((0.0, 0.03, 0.2))
+    described: dict[str, Any] = {"path": str(folder)}
+    if rng.random() < 0.3:
+        _judged(rng, folder, odds)
+        return described | rng.choice((*[{}] * 6, {"split": "test"}, {"max_rows": 2}))
+    names = [*rng.choice(LAYOUTS)]
+    rng.shuffle(names)
+    shape = rng.choice((0, 0, 0, 1, 2, 3, 4, 5))
+    rows = [{name: _shaped(rng, shape, odds) for name in names} for _ in range(rng.choice((1, 20, 60)))]
+    kind = rng.choice((".jsonl", ".json", ".parquet", ".csv", ".tsv"))
+    content = _nested(rows) if kind == ".parquet" else WRITERS[kind](rng, rows)
+    if kind == ".json" and rng.random() < 0.5:
+        content = b'{"n": 1, "data": ' + content + rng.choice((b"}", b"}", b"", b', "more": [1]}'))
+    (folder / f"x{kind}").write_bytes(damage(rng, content) if rng.random() < odds else content)
+    if rng.random() < 0.2:
+        described["columns"] = rng.choice(
+            ({"instructions": "drop"}, {"instructions": "prepend"}, {"prompt": names[0]}, {"anchor": names[0]},
+             {"positive": names[-1], "negatives": names[:1]}, {"anchor": names[0], "positive": names[0]})
+        )  # fmt: skip
+    if rng.random() < (0.3 if kind in (".csv", ".tsv") else 0.05):
+        described["format"] = rng.choice(
+            ({"delimiter": ";"}, {"quoting": "none"}, {"encoding": "cp1252"}, {"encoding": "utf-16"}, {"names": names},
+             {"encoding": "unicode_escape"}, {"names": ["anchor", "positive"], "delimiter": "\t", "quoting": "none"})
+        )  # fmt: skip
+    return described
+
+
+def _nested(rows: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    try:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):  # cells of two kinds
+        return b"PAR1"
+    return file.getvalue()
+
+
+def _shaped(rng: random.Random, shape: int, odds: float) -> Any:
+    """A text, lists of texts, passages or conversations, or anything."""
+    if rng.random() < odds:
+        return rng.choice(
+            (None, "", [], [None], [[]], {}, [{}], {"text": 1}, value(rng), [{"role": 1, "content": None}])
+        )
+    text = tiny.words(rng, 1, 6)
+    passage = {"docid": "1", "title": rng.choice(("", None, "of it")), "text": text}
+    messages = [{"role": "user", "content": text}]
+    system = [{"role": "system", "content": rng.choice(("find", None))}, *messages]
+    shapes = (text, [text, *rng.choice(([], [text], ["", None]))], [passage, *rng.choice(([], [passage]))], messages)
+    return (*shapes, [messages, system], system)[shape]
+
+
+def _judged(rng: random.Random, folder: Path, odds: float) -> None:
+    numbers = range(rng.choice((0, 30, 30)))
+    lines = [f"q{i}\td{rng.choice((i, 0))}\t{rng.choice((0, 1, 1, 1, 2.5))}" for i in numbers]
+    texts = {i: _shaped(rng, 0, odds) for i in numbers}
+    if rng.random() < 0.5:
+        (folder / "qrels").mkdir()
+        _write_lines(
+            folder / "corpus.jsonl",
+            [json.dumps({"_id": f"d{i}", "title": "t", "text": texts[i]}, default=str) for i in texts],
+        )
+        _write_lines(
+            folder / "queries.jsonl", [json.dumps({"_id": f"q{i}", "text": texts[i]}, default=str) for i in texts]
+        )
+        place, lines = folder / "qrels" / "train.tsv", ["query-id\tcorpus-id\tscore", *lines]
+    else:
+        _write_lines(folder / "collection.tsv", [f"d{i}\t{texts[i]}" for i in texts])
+        _write_lines(folder / "queries.train.tsv", [f"q{i}\t{texts[i]}" for i in texts])
+        place, lines = folder / "qrels.train.tsv", [line.replace("\t", "\t0\t", 1) for line in lines]
+    _write_lines(place, lines)
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        if rng.random() < odds:
+            file.write_bytes(damage(rng, file.read_bytes()))
+
+
+def _write_lines(file: Path, lines: list[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogatepass")
+
+
 def _row(rng: random.Random, anchor: str, positive: str, perhaps: Callable[..., bool]) -> dict[str, Any]:
     def text() -> Any:
         return value(rng) if perhaps() else tiny.words(rng, 1, 6)

@@ -27,8 +27,8 @@ from gist_dist.recipe import load_recipe, parse_config
 from gist_dist.report import read_run, summarize
 
 CASES = {
-    "yaml": 100, "recipes": 40, "sources": 60, "corpora": 25, "guide_caches": 60, "tasks": 40, "checkpoints": 60,
-    "reports": 4, "runs": 60, "models": 20,
+    "yaml": 100, "recipes": 40, "sources": 60, "layouts": 40, "corpora": 25, "guide_caches": 60, "tasks": 40,
+    "checkpoints": 60, "reports": 4, "runs": 60, "models": 20,
 }  # fmt: skip
 FIXED = ("guide_caches", "checkpoints", "reports")
 """Where what is damaged is made again, passed over or shown as it is."""

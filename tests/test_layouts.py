@@ -327,3 +327,14 @@ def test_ms_marco_folders(tmp_path, separator):
     lines = [separator.join(judgement) for judgement in ("7001", "8011", "8000")]
     (tmp_path / "qrels.train.tsv").write_text("".join(line + "\n" for line in lines))
     assert [row[:2] for row in rows_of(source(tmp_path))] == [("query seven", 'said "one'), ("query eight", "two")]
+
+
+def test_judgements_without_a_line_have_no_rows(tmp_path):
+    folder = beir(tmp_path / "set")
+    (folder / "qrels" / "train.tsv").write_text("")
+    assert rows_of(source(folder)) == []
+
+
+def test_a_list_of_objects_is_not_taken_for_an_instruction(tmp_path):
+    path = write(tmp_path, [{"query": [passage("a"), passage("b")], "pos": "p"}], "parquet")
+    assert refused(path).endswith(", not text; set columns.anchor")

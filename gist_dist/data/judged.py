@@ -73,6 +73,8 @@ class JudgedPairs:
         if len(first) == 1:  # as TREC separates them
             file = replace(file, options=TSV.model_copy(update={"delimiter": " "}))
             first = file.first_cells()
+        if not first:
+            return
         if len(first) not in JUDGEMENTS:
             raise UserError(
                 f"{file.where}: {file.name} has {len(first)} columns; judgements are query-id, corpus-id, score, or "

@@ -245,14 +245,16 @@ def is_list(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in LIST_KINDS)
 
 
-def may_hold_text(kind: pa.DataType, lists: int = 0) -> bool:
-    """Text, a passage or a conversation, or up to so many levels of lists of them."""
+def may_hold_text(kind: pa.DataType, lists: int = 0, objects: bool = True) -> bool:
+    """Text, or up to so many levels of lists of it. objects: passages and conversations are texts too."""
     if pa.types.is_dictionary(kind):
-        return may_hold_text(kind.value_type, lists)
+        return may_hold_text(kind.value_type, lists, objects)
     if pa.types.is_struct(kind):
-        return any(kind.get_field_index(name) >= 0 for name in PASSAGE_TEXTS)
+        return objects and any(kind.get_field_index(name) >= 0 for name in PASSAGE_TEXTS)
     if is_list(kind):
-        return may_hold_text(kind.value_type, lists - 1) if lists else _is_of_messages(kind.value_type)
+        if not lists:
+            return objects and _is_of_messages(kind.value_type)
+        return may_hold_text(kind.value_type, lists - 1, objects)
     return any(is_kind(kind) for is_kind in TEXT_KINDS)
 
 

@@ -364,8 +364,8 @@ class Source:
             if column in has:
                 problem = f"column '{column}' of {name} holds {has[column]}, not {self._need(setting)}"
                 problem += f" as in {good[0]}" if good else ""
-                is_anchor = setting == "columns.anchor" and self.config.columns.instructions is None
-                if not good and is_anchor and may_hold_text(has[column], lists=2):
+                may_be_pair = setting == "columns.anchor" and self.config.columns.instructions is None
+                if not good and may_be_pair and may_hold_text(has[column], lists=1, objects=False):
                     remedy += ", or columns.instructions if its cells are [instruction, text] pairs"
             else:
                 problem = f"column '{column}' of {good[0]} is" if good else f"column '{column}'"
