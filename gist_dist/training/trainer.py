@@ -92,9 +92,8 @@ def _train_steps(
     worker_speeds = WorkerSpeeds(world, is_on=config.cluster.deal_by_speed)
     profiler = StepProfiler(config, world.rank, train_state.student.device)
     schedules, steps = (mining, guidance), range(done + 1, num_steps + 1)
-    with closing(
-        planned_steps(train_state, guidance, schedules, steps, lambda: worker_speeds.speeds, watchdog)
-    ) as planned:
+    planned = planned_steps(train_state, guidance, schedules, steps, lambda: worker_speeds.speeds, watchdog)
+    with closing(planned):
         for step, batch, inputs, waited in planned:
             started = time.perf_counter()
             rate = learning_rate(step, num_steps, config.optim)
