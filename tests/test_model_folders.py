@@ -107,6 +107,20 @@ def test_a_limit_beyond_the_positions_is_lowered_and_saved_so(tmp_path):
     assert saved.max_seq_length == 64 and np.isfinite(saved.encode("amber " * 500)).all()
 
 
+@pytest.mark.parametrize(("architecture", "own"), [("bert", 20), ("t5", None)])
+@pytest.mark.parametrize("asked", [None, 12, 40])
+def test_the_saved_limit_is_the_models_own_unless_training_took_longer_texts(tmp_path, architecture, own, asked):
+    from sentence_transformers import SentenceTransformer
+
+    folder = zoo.save(tmp_path / "model", Kind(architecture))
+    if own:
+        zoo.with_settings(folder, "tokenizer_config.json", model_max_length=own)
+    student_of(folder, max_tokens=asked).save(tmp_path / "saved")
+    saved = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    expected = max(own, asked or 0) if own else 302  # all that there is
+    assert saved.preprocess(["amber " * 300])["input_ids"].shape[1] == expected
+
+
 def test_a_padding_token_that_is_missing_is_the_end_of_text(tmp_path, caplog):
     folder = zoo.save_plain(tmp_path / "model", Kind("gpt2"), pad=False)
     student = student_of(folder)

@@ -348,7 +348,7 @@ class Student(Encoder):
         model, was_training = self.model, self.model.training
         before = model.max_seq_length, model.prompts, model.default_prompt_name, model.similarity_fn_name
         kept = kept_prompts(self, config)
-        model.max_seq_length = self.loaded.own_max_tokens or model.max_seq_length
+        model.max_seq_length = self.loaded.limit_to_save
         model.prompts, model.default_prompt_name = {**kept.prompts}, kept.default_prompt_name
         model.similarity_fn_name = "cosine" if self.is_compared_otherwise else model.similarity_fn_name
         model.eval()

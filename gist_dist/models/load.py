@@ -27,8 +27,8 @@ class Loaded:
     """A model that can be fed token ids, and what it brought."""
 
     model: "SentenceTransformer"
-    own_max_tokens: int | None
-    """Its own limit, special tokens included; None: it has none."""
+    limit_to_save: int | None
+    """As its tokenizer has it, where a number beyond any text stands for none; a higher student.max_tokens, if set."""
     stored_dtype: str | None
     """Of its weights on disk; here they are fp32."""
     folder: Path | None
@@ -59,14 +59,16 @@ def _made_ready(
     _ensure_padding(model, name, section)
     _refuse_tokens_beyond_the_table(model, name, section)
     _tell_missing_end(model, name, section)
-    own, positions = hold_limit(model), position_limit(transformer_of(model))
+    hold_limit(model)
+    positions = position_limit(transformer_of(model))
     if config.max_tokens and config.max_tokens > (positions or math.inf):
         raise UserError(
             f"{section}.max_tokens = {config.max_tokens}: {config.model} has positions for {positions} tokens; lower it"
         )
+    to_save = max(model.max_seq_length or 0, config.max_tokens or 0) or None
     if config.max_tokens:
         model.max_seq_length = config.max_tokens
-    return Loaded(model, own, stored_dtype(folder) if folder else None, folder)
+    return Loaded(model, to_save, stored_dtype(folder) if folder else None, folder)
 
 
 def load_sentence_transformer(
