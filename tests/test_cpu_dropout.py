@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -21,6 +22,22 @@ def inputs(mask: bool) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     return queries_keys_values, real if mask else None
 
 
+def kept_by_hand(seed: int, p: float, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """What draws of these shapes keep after torch.manual_seed(seed), from the Mersenne Twister up.
+
+    Four numbers share 64 bits, the lowest first, and each is dropped if its 16, as a signed number, are among the
+    lowest p of all. A draw takes whole words.
+    """
+    twister = np.random.RandomState(seed)
+    drawn = []
+    for shape in shapes:
+        high, low = twister.randint(0, 2**32, size=(-(-math.prod(shape) // 4), 2), dtype=np.uint32).astype(int).T
+        bits = np.stack([low % 2**16, low // 2**16, high % 2**16, high // 2**16], axis=1).flatten()
+        signed = np.where(bits < 2**15, bits, bits - 2**16)[: math.prod(shape)]
+        drawn.append(torch.from_numpy(signed + 2**15 >= round(p * 2**16)).view(shape))
+    return drawn
+
+
 @pytest.fixture(params=[2**18, 2 * 5 * 5 * 2], ids=["one piece", "two texts a piece"])
 def pieces(monkeypatch, request) -> int:
     monkeypatch.setattr(cpu_dropout, "SCORES_AT_ONCE", request.param)
@@ -36,9 +53,9 @@ def test_attention_is_that_of_the_formula_and_so_are_its_gradients(pieces, mask)
         with FastDropout():
             return F.scaled_dot_product_attention(*tensors, attn_mask=real, dropout_p=0.4)
 
-    torch.manual_seed(7)
-    texts = min(SHAPE[0], pieces // math.prod(SHAPE[1:3]) // SHAPE[2])
-    kept = [cpu_dropout._kept(part.shape, 0.4) for part in torch.empty(*SHAPE[:3], SHAPE[2]).split(texts)]
+    texts, heads, length, _ = SHAPE
+    drawn = [texts] if pieces == 2**18 else [2, 2, 1]
+    kept = kept_by_hand(7, 0.4, *((count, heads, length, length) for count in drawn))
     scores = (query @ key.transpose(-1, -2)) / math.sqrt(SHAPE[3])
     weights = torch.softmax(scores if real is None else scores.masked_fill(~real, -torch.inf), dim=-1)
     expected = (weights * torch.cat(kept) / 0.6) @ value
@@ -82,8 +99,8 @@ def test_dropout_is_that_of_the_formula_and_so_is_its_gradient():
         with FastDropout():
             return torch.nn.Dropout(0.3)(tensor)
 
-    torch.manual_seed(3)
-    expected = value * cpu_dropout._kept(value.shape, 0.3) / 0.7
+    (kept,) = kept_by_hand(3, 0.3, (12, 10))
+    expected = value * kept / 0.7
     torch.testing.assert_close(dropout(value), expected)
     assert torch.autograd.gradcheck(dropout, value)
 
