@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from gist_dist.on_ray.cluster.local_ray import OWNER, PREFIX, SETTLED_SECONDS, remove_left_folders, temporary_folder
+from gist_dist.on_ray.cluster.local_ray import (
+    OWNER,
+    PREFIX,
+    SETTLED_SECONDS,
+    end_processes,
+    remove_left_folders,
+    temporary_folder,
+)
 
 HOLD = """
 import sys, time
@@ -65,6 +72,19 @@ def test_a_folder_goes_with_its_block():
     with temporary_folder() as folder:
         assert len(str(folder)) < 40 and folder.parent.is_dir()
     assert not folder.parent.exists()
+
+
+def test_only_processes_of_the_folder_are_ended(tmp_path):
+    program = [sys.executable, "-c", "import time; time.sleep(600)"]
+    ours = subprocess.Popen([*program, f"--session-dir={tmp_path / 'ray' / 'session_1'}"])
+    other = subprocess.Popen([*program, f"--session-dir={tmp_path / 'other'}"])
+    try:
+        end_processes(tmp_path / "ray")
+        assert ours.poll() is not None and other.poll() is None
+    finally:
+        for process in (ours, other):
+            process.kill()
+            process.wait()
 
 
 SLOW_START = """

@@ -24,7 +24,7 @@ from gist_dist.common.errors import UserError, phase_of
 from gist_dist.common.signals import StopRequests
 from gist_dist.config import BatchConfig, RunConfig
 from gist_dist.core.step import Clock
-from gist_dist.on_ray.train import worker
+from gist_dist.on_ray.train import fit, worker
 from gist_dist.on_ray.train.controller import RetryPolicy
 from gist_dist.on_ray.train.failures import OutOfMemory, classify, memory_sentence, out_of_memory
 from gist_dist.on_ray.train.messages import CONTROLLER_EVENTS, RESIZE, STOP, post, withdraw
@@ -316,3 +316,20 @@ def _ask(script: str, address: str, token: str | None) -> SimpleNamespace:
     command = [sys.executable, "-c", script, address]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return SimpleNamespace(returncode=done.returncode, said=done.stderr[-300:])
+
+
+@pytest.mark.parametrize("missing", ["_initialize_and_run_controller", "_create_default_callbacks", None])
+def test_a_ray_without_the_parts_that_we_build_on_is_a_warning(missing, monkeypatch, tmp_path, caplog):
+    from ray.train.torch import TorchTrainer
+
+    tree = tiny.recipe(tmp_path, "student", "guide", "data", cluster={"max_failures": 7})
+    if missing:
+        owner = next(kind for kind in TorchTrainer.__mro__ if missing in vars(kind))
+        monkeypatch.delattr(owner, missing)
+    trainer, callbacks = fit._with_our_policies(parse_config(tree), is_local=True)
+    assert (trainer is TorchTrainer) == (not callbacks) == bool(missing)
+    said = caplog.text
+    if missing:
+        assert all(part in said for part in (ray.__version__, missing, "max_failures = 7", "no checkpoint", "ray 2.60"))
+    else:
+        assert not said

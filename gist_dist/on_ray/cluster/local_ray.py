@@ -74,7 +74,7 @@ def start(folder: Path, runtime_env: dict[str, Any]) -> None:
             )
             return
         except Exception as error:
-            _end_processes(error)
+            end_processes(folder)
             ray.shutdown()
             reason = one_line(error)
             if is_last or isinstance(
@@ -87,14 +87,19 @@ def start(folder: Path, runtime_env: dict[str, Any]) -> None:
             logger.warning("the local Ray did not start (%s); trying once more", reason)
 
 
-def _end_processes(error: Exception) -> None:
-    """Those of a node that did not come up, which ray.shutdown() does not know of."""
-    from ray._private.node import Node
+def end_processes(folder: Path) -> None:
+    """Those of a node that did not come up, which ray.shutdown() does not know of.
 
-    trace = error.__traceback__
-    while trace:
-        node = trace.tb_frame.f_locals.get("self")
-        if isinstance(node, Node):
-            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
-            return
-        trace = trace.tb_next
+    Each has this folder, which is nobody else's, in its command line.
+    """
+    import psutil  # Ray brings it
+
+    found = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid != os.getpid() and any(str(folder) in word for word in process.info["cmdline"] or ())
+    ]
+    for process in found:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(found, timeout=10)

@@ -1,6 +1,6 @@
 """What we add to Ray Train's controller: when to start the workers again, and a checkpoint before they are resized.
 
-These are Ray's internal interfaces (2.60); fit.py does without where another version lacks them.
+These are Ray's internal interfaces (2.60); fit.py does without, and warns, where another version lacks them.
 """
 
 import logging

@@ -12,7 +12,7 @@ from typing import Any
 from gist_dist.common.errors import UserError
 from gist_dist.common.events import EVENTS, TRAINING, log_event, phase, read_events
 from gist_dist.common.signals import StopRequests
-from gist_dist.common.text import plural
+from gist_dist.common.text import one_line, plural
 from gist_dist.config import RunConfig
 from gist_dist.on_ray.cluster.address import address_of
 from gist_dist.on_ray.cluster.capacity import cpus_per_worker, gpus_per_worker
@@ -27,6 +27,11 @@ GROUP_TIMEOUT_S = 1800
 """Of a collective: workers that load a model or copy a corpus slowly are waited for. Hung steps the watchdog finds."""
 RESIZE_INTERVAL_S = 60.0
 """How often Ray looks whether there is room for more workers."""
+LOST = (
+    "Ray %s lacks what this gist_dist builds on (%s), so it retries whatever ended a worker, errors of the recipe too, "
+    "cluster.max_failures = %d times in all, writes no checkpoint before it adds workers, and beside another Ray of "
+    "this machine may lose the placement group of a local one; install ray 2.60, with which it was tested"
+)
 
 
 def fit(
@@ -126,17 +131,19 @@ def _with_our_policies(config: RunConfig, is_local: bool) -> tuple[Any, list[Any
 
     On a local Ray without the placement group cleaner: that asks the machine's first dashboard whether the controller
     lives, and if that is another Ray's, it knows nothing of ours and the live placement group is removed (Ray 2.60).
-    All of this is private: on a version that has none of it, TorchTrainer retries max_failures times in all.
+    All of this is private: on a version that has none of it, it is TorchTrainer as it is, and a warning.
     """
+    import ray
     from ray.train.torch import TorchTrainer
 
     try:
+        for name in ("_initialize_and_run_controller", "_create_default_callbacks"):
+            getattr(TorchTrainer, name)
         from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
         from gist_dist.on_ray.train.controller import CheckpointBeforeResize, RetryPolicy
-    except ImportError:
-        return TorchTrainer, []
-    if not hasattr(TorchTrainer, "_initialize_and_run_controller"):
+    except (ImportError, AttributeError) as error:
+        logger.warning(LOST, ray.__version__, one_line(error), config.cluster.max_failures)
         return TorchTrainer, []
 
     class OurTorchTrainer(TorchTrainer):
