@@ -300,7 +300,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root")
+        pytest.skip("mounting a file system of 2 MB takes root, and a container that may mount (CAP_SYS_ADMIN)")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

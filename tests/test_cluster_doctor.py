@@ -132,7 +132,7 @@ def two_nodes(tmp_path_factory):
     for name in ("shared", "private"):
         (folder / name).mkdir()
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespaces here")
+        pytest.skip("no mount namespaces here (unshare -m): takes root, and a container that may mount")
     with ray_head(num_cpus=1) as head:
         second = _second_node(head, folder)
         try:

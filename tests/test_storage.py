@@ -208,7 +208,7 @@ def test_temporary_copies_are_in_a_folder_of_this_user_alone(monkeypatch, tmp_pa
         copies_folder(None, "x")
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root gives folders away")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a folder of another user")
 def test_a_folder_of_another_user_is_not_written_to(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     own = tmp_path / f"gist-dist-{os.getuid()}"

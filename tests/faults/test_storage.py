@@ -47,7 +47,7 @@ def test_full_disk(started, record, ends_as_undisturbed, random_moments, tmp_pat
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not permitted here")
+        pytest.skip("mounting a disk of 8 MB takes root, and a container that may mount (CAP_SYS_ADMIN)")
     try:
         run = started("full-disk", checkpoint={"dir": str(disk), "retry_seconds": 2})
         run.start()
