@@ -197,7 +197,7 @@ def _add_cotrain(commands: Any) -> None:
         command.add_argument(name, metavar="RECIPE", help="a YAML file, or a packaged recipe")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace values of both recipes")
     command.add_argument("--rounds", type=int, required=True, metavar="N", help="how often each is trained")
-    command.add_argument("--no-fixed", action="store_true", help="without the same steps with a guide that stays")
+    command.add_argument("--no-fixed", action="store_true", help="without the same steps with a fixed guide")
     command.set_defaults(run=_cotrain)
 
 

@@ -135,7 +135,7 @@ def test_the_page_sets_rounds_beside_the_fixed_guide(pair, tmp_path):
     first, second = contents["students"][0]["rounds"]
     assert (first["cotrained"]["mean"], first["fixed"]["mean"], first["difference"]) == (61.0, 59.5, 1.5)
     assert second["difference"] == 1.5 and contents["students"][1]["before"]["mean"] == 50.0
-    assert contents["headline"].startswith("Against a guide that stays, after the last round: a +1.50, b +1.50")
+    assert contents["headline"].startswith("Compared with a fixed guide, after the last round: a +1.50, b +1.50")
     rounds = write_rounds(folders, tmp_path / "page.html")  # no scores on the disk
     assert "No task was evaluated" in rounds.contents["headline"]
     assert json.loads((tmp_path / "page.json").read_text())["students"][0]["name"] == "a"

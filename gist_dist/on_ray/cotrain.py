@@ -2,7 +2,7 @@
 
 In round r a student goes on from its own model of round r - 1 and is guided by the other's model of round r - 1; in
 round 1 both are what their recipes name. Neither depends on who is trained first. Beside them, each student is trained
-as often and as long with a guide that stays: the recipe's, or the other student untrained.
+as often and as long with a fixed guide: the recipe's, or the other student untrained.
 
 Every training is an ordinary run in a folder of its own, output_dir/NAME-round-r and NAME-fixed-round-r; the same
 command goes on where it was.
@@ -65,8 +65,8 @@ def check_cotrain(first: RunConfig, second: RunConfig, rounds: int) -> None:
     for recipe in (first, second):
         if recipe.guide_refresh:
             raise UserError(
-                f"{recipe.name}: guide.refresh = {recipe.guide_refresh} makes a copy of the student its guide; in "
-                "co-training the other student is that, so leave it out"
+                f"{recipe.name}: guide.refresh = {recipe.guide_refresh} makes a copy of the student its guide, but "
+                "in co-training the other student is the guide; leave it out"
             )
         if not (recipe.optim.steps or recipe.optim.epochs):
             logger.info("%s: every round is one epoch; optim.steps or optim.epochs says otherwise", recipe.name)
@@ -131,4 +131,4 @@ def _model(recipe: RunConfig, kind: str, number: int) -> str:
 
 def _guide_of(planned: Planned) -> str:
     guide: Any = planned.config.guide
-    return "the other student as guide" if planned.kind == "cotrained" else f"{guide.model} as the guide that stays"
+    return "the other student as guide" if planned.kind == "cotrained" else f"{guide.model} as the fixed guide"

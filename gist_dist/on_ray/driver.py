@@ -78,7 +78,7 @@ def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Sum
                     raise Stopped(f"stopped with a checkpoint, {run.folder}")
                 run.mark_trained()
                 if requests.requested:
-                    raise Stopped(f"trained, and stopped before what comes after, {run.folder}")
+                    raise Stopped(f"trained, and stopped before evaluation and report, {run.folder}")
             if config.evaluate.tasks:
                 labels = _models(config, run)
                 evaluate_models(labels, config, run.folder / "mteb")

@@ -30,7 +30,7 @@ def advise(sources: list[dict[str, Any]], recipe: dict[str, Any]) -> list[str]:
     meanings = {
         GOOD: f"The guide is worth it {at} for",
         POOR: f"The guide takes out too little {at} for",
-        UNCERTAIN: "The guide takes out much and nothing tells whether rightly; read the examples of",
+        UNCERTAIN: "The guide masks much, and the data do not show whether rightly; read the examples of",
         NOTHING: f"False negatives carry less than {percent(WORTH)} of the gradient {at}, so that the guide changes "
         "little, for",
     }

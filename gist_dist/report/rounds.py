@@ -99,7 +99,7 @@ def _headline(students: list[dict[str, Any]]) -> str:
     told = [f"{name} {signed(change)}" for name, change in last.items() if change is not None]
     if not told:
         return "No task was evaluated of all runs; set evaluate.tasks to compare them."
-    return f"Against a guide that stays, after the last round: {', '.join(told)} points in the mean."
+    return f"Compared with a fixed guide, after the last round: {', '.join(told)} points in the mean."
 
 
 def _text(points: float | None) -> str:

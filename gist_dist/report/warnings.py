@@ -19,7 +19,7 @@ def _warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> It
     steps, planned = training["steps"], training["planned_steps"]
     first, last = training["loss_first"], training["loss_last"]
     if planned and steps < planned:
-        yield "unfinished", f"Training stopped at step {steps} of {planned}; what follows is of those steps."
+        yield "unfinished", f"Training stopped at step {steps} of {planned}; the report covers those steps."
     if bad := training["non_finite_steps"]:
         at, end = f"The loss or its gradient was not finite at {plural(len(bad), 'step')} ({listed(bad)})", "."
         if run.section("optim").get("non_finite") == "skip":
@@ -86,8 +86,8 @@ def _guide_warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any])
     elif weight is not None and weight < LITTLE_WEIGHT:
         yield (
             "little_masked",
-            f"What the guide masked had {percent(weight)} of the negatives' weight in the softmax: without the guide "
-            "the run would have been about the same. gist-dist inspect tells where a guide matters: a lower "
+            f"The masked candidates held {percent(weight)} of the negatives' softmax weight: without the guide "
+            "the run would have been about the same. gist-dist inspect shows where a guide matters: a lower "
             "temperature, a larger batch, clustered batches, other data.",
         )
     if (masked["all"] if weight is None else weight) > (0.5 if weight is None else MUCH_WEIGHT):
@@ -96,7 +96,7 @@ def _guide_warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any])
             share = f"{percent(weight)} of the negatives' weight in the softmax"
         yield (
             "much_masked",
-            f"The guide masked {share}: it hardly tells positives from the rest, or loss.margin is too high.",
+            f"The guide masked {share}: it hardly separates positives from other texts, or loss.margin is too high.",
         )
     if (masked["ap"] or 0) > 0.5:
         yield (

@@ -30,7 +30,7 @@ CONNECT_S, ANSWER_S, UPLOAD_S = 5, 8, 60
 SILENCE_S = 60
 """A log that says nothing for so long may be a connection that is dead without anybody saying so."""
 PATIENCE_S = 600
-"""How long a head may be away before the following of a job is given up; the job itself is not."""
+"""How long a head may be away before this command stops following a job; the job itself goes on."""
 PROBE_S = 120
 STOPPED_STATUS = 130
 RUN_KEY, RECIPE_KEY, VARIABLES_KEY = "gist_dist_run", "gist_dist_recipe", "gist_dist_variables"
@@ -193,7 +193,7 @@ def _patiently(client: Client, question: Callable[[], T]) -> T:
 
 
 def _now_away(client: Client) -> float:
-    logger.warning("%s does not answer; the job is not touched by that, and it is asked again", client.get_address())
+    logger.warning("%s does not answer; the job goes on, and the question is repeated", client.get_address())
     return time.monotonic()
 
 

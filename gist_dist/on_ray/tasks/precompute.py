@@ -46,7 +46,7 @@ from gist_dist.on_ray.tasks.pool import Failed, Lost, Pool, failure
 logger = logging.getLogger(__name__)
 
 IN_PROCESS_FLOPS = 2e12
-"""So much the driver encodes by itself: a quarter of a minute of one core, less than actors take to start."""
+"""Up to this much the driver encodes itself: 15 seconds of one core, less than actors take to start."""
 ACTOR_BYTES = 1e9
 """Memory of an actor beside twice the guide's weights."""
 
@@ -134,7 +134,7 @@ def _precompute(config: RunConfig, inputs: _CorpusInputs | _GivenInputs, guide: 
 
 
 def _needs(config: RunConfig, resources: dict[str, float]) -> dict[str, float]:
-    """Of one actor; UserError if the cluster hasn't that."""
+    """What one actor takes; UserError if the cluster has less."""
     check_resources(config.cluster.model_copy(update={"num_workers": 1}), resources)
     gpus = gpus_per_worker(config.cluster, resources)
     return {"CPU": config.cluster.cpus_per_worker or 1.0} | ({"GPU": gpus} if gpus else {})
@@ -203,7 +203,7 @@ class _Actor:
         guide = Guide(self.guide_config, "cuda" if "GPU" in self.needs else "cpu")
         if embedding_fingerprint(guide) != self.fingerprint:
             raise UserError(
-                f"guide.model: '{self.guide_config.model}' on node {platform.node()} is not what the driver has; put "
+                f"guide.model: '{self.guide_config.model}' on node {platform.node()} differs from the driver's; put "
                 "the same files and the same version of transformers on every node"
             )
         self.store = open_store(join(self.config.guide_cache_dir, self.fingerprint))

@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # tasks import this module, and need no torch
 logger = logging.getLogger(__name__)
 
 SMALL_BYTES = 64 * 2**20
-"""Less than this is prepared by the driver in the time that a local Ray takes to start."""
+"""The driver prepares less than this in the time that a local Ray takes to start."""
 MAX_LOSSES = 3
-"""How often a part is begun again whose process or node was lost."""
+"""How often a part is started again after its process or node was lost."""
 QUEUED_PER_CORE = 2
 """Tasks that are given to Ray before others are done, so that no core waits for the driver."""
 

@@ -1,4 +1,4 @@
-"""Classification sets in a recipe: triplets are made of them once, and the recipe goes on with those."""
+"""Classification sets in a recipe are turned into triplets once, and the recipe uses those."""
 
 import hashlib
 import json

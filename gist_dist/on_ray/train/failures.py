@@ -1,4 +1,4 @@
-"""What went wrong in a worker, told apart: the user's mistake, memory, a lost process, a lost peer, a bug."""
+"""What went wrong in a worker: the user's mistake, memory, a lost process, a lost peer, a bug."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ PHASES = {
     "backward": "encoding",
     "optimizer": "the optimizer's step",
 }
-"""What phases of a step are called in a sentence. Of the others no budget of the recipe decides the memory."""
+"""Names of a step's phases in sentences. The memory of the other phases follows from no budget of the recipe."""
 
 
 class OutOfMemory(Exception):
@@ -47,7 +47,7 @@ class Failure:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of the train function says so: CUDA's, Python's, numpy's, or torch's on a CPU."""
+    """Whether this exception means that memory ran out: CUDA's, Python's, numpy's, or torch's on a CPU."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

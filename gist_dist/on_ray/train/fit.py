@@ -1,4 +1,4 @@
-"""One training on Ray Train, from the driver's side: start it, watch it, and turn its end into a word or a sentence."""
+"""One training on Ray Train, from the driver's side: start it, watch it, give its outcome or the reason for none."""
 
 import logging
 import shutil
@@ -24,7 +24,7 @@ from gist_dist.on_ray.train.worker import LOG_NAME, RunInputs, WorkerTask, train
 logger = logging.getLogger(__name__)
 
 GROUP_TIMEOUT_S = 1800
-"""Of a collective: workers that load a model or copy a corpus slowly are waited for. Hung steps the watchdog finds."""
+"""How long a collective waits, for workers that load a model or copy a corpus slowly. The watchdog finds hung steps."""
 RESIZE_INTERVAL_S = 60.0
 """How often Ray looks whether there is room for more workers."""
 LOST = (

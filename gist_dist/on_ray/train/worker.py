@@ -43,7 +43,7 @@ class RunInputs:
     """Name of the kept array of mined negatives."""
     guide_fingerprint: str | None = None
     guide_width: int = 0
-    """Of the guide whose cache stands in for the model; no fingerprint: no cache."""
+    """The guide whose cached embeddings replace the model; no fingerprint: no cache."""
 
 
 @dataclass(frozen=True)
