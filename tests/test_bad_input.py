@@ -181,10 +181,10 @@ def test_damaged_and_foreign_files(run, tmp_path):
     path.write_bytes("anchor,positive\namber,café\n".encode("latin-1"))
     assert run(path=path).startswith(f"data.sources[0]: {path} is not UTF-8 text; convert it")
     path.write_bytes("anchor,positive\namber,basin\n".encode("utf-16"))
-    assert run(path=path).startswith(f"data.sources[0]: {path} is UTF-16 or UTF-32 text, not UTF-8; convert it")
+    assert "the data has only 1 usable rows" in run(path=path)  # its byte order mark says how it is read
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"anchor": "a", "positive": "caf\xe9"}\n')
-    assert run(path=path) == "data.sources[0]: latin.jsonl line 1 is not UTF-8 text; convert the file"
+    assert run(path=path).startswith("data.sources[0]: latin.jsonl line 1 is not UTF-8 text; convert it")
 
 
 def test_a_column_that_changes_type_between_files(run, tmp_path):
