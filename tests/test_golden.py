@@ -9,7 +9,6 @@ import random
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from tiny import recipe, save_tiny_model, words, write_jsonl
 
@@ -22,6 +21,10 @@ from gist_dist.training.trainer import train
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 KEYS = ("loss", "grad_norm", "masked_fraction", "padding_fraction")
+OTHER_DRAWS = {"loss": 0.1, "grad_norm": 0.5}
+"""How far their means over the steps may be off on another torch, whose dropout may draw other numbers.
+
+Other draws moved them by 0.02 and 0.12. Masks and batches are the same on all."""
 
 
 def golden_run(folder: Path) -> list[dict[str, float]]:
@@ -60,11 +63,14 @@ def test_golden_losses(tmp_path):
     if os.environ.get("GOLDEN_WRITE"):
         GOLDEN.write_text(json.dumps({"torch": torch.__version__.split("+")[0], "steps": lines}, indent=1) + "\n")
     golden = json.loads(GOLDEN.read_text())
-    if golden["torch"] != torch.__version__.split("+")[0]:
-        pytest.skip(f"recorded with torch {golden['torch']}, whose random numbers are its own")
+    is_same_torch = golden["torch"] == torch.__version__.split("+")[0]
     for key in KEYS:
-        # Other processors round otherwise, and 20 steps carry it on.
-        np.testing.assert_allclose([x[key] for x in lines], [x[key] for x in golden["steps"]], rtol=1e-3, err_msg=key)
+        found, recorded = (np.array([line[key] for line in some]) for some in (lines, golden["steps"]))
+        if is_same_torch or key not in OTHER_DRAWS:
+            # Other processors round otherwise, and 20 steps carry it on.
+            np.testing.assert_allclose(found, recorded, rtol=1e-3, err_msg=key)
+        else:
+            np.testing.assert_allclose(found.mean(), recorded.mean(), rtol=OTHER_DRAWS[key], err_msg=key)
     assert list(tmp_path.glob("tiny/tensorboard/events.*")), "no TensorBoard events"
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert any(line["masked_fraction"] > 0 for line in lines)
