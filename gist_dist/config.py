@@ -430,8 +430,9 @@ class LossConfig(Section):
     guard_negatives: bool = False
     """A row's own hard negatives stay, whatever the guide says: for negatives that people have checked."""
     positives: Literal["mean", "sum"] = "mean"
-    """Of a row with several positives. mean: the mean of each one's loss against the negatives. sum: the negative log
-    of their joint share of the softmax, which one near positive can satisfy."""
+    """Of a row that promotion gives several positives. mean: the mean of each one's loss against the negatives. sum:
+    the negative log of their joint share of the softmax, which one near positive can satisfy. A row of the data that
+    has several becomes a row for each."""
     false_negatives: Literal["drop", "positive"] = "drop"
     """What becomes of a candidate above the guide's threshold: it leaves the softmax, or joins the row's positives."""
     promotion: Promotion = Promotion()

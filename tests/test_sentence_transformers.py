@@ -38,11 +38,12 @@ def distinct_rows(num_rows: int, num_negatives: int) -> Rows:
 
 
 def ours(folder: Path, models: tuple[Path, Path], rows: Rows, guided: bool = True, world=None, **loss: Any):
-    """train_step in fp64 on all rows, without dropout."""
+    """train_step in fp64 on all rows, without dropout, and without known positives, which theirs has not."""
     student, guide = models
     source = write_jsonl(folder / "rows.jsonl", rows)
     batch = {"global_size": 2, "chunk_tokens": 100, "loss_gb": 1e-5, "activation_gb": 0.0}
-    tree = recipe(folder, student, guide if guided else None, source, loss=loss, batch=batch)
+    data = {"known_positives": "off"}
+    tree = recipe(folder, student, guide if guided else None, source, loss=loss, batch=batch, data=data)
     config, corpus = prepared(tree)
     if world:
         return run_group(_our_share, world, folder / f"ours-{world}", tree, str(corpus.folder))[0]
