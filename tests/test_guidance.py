@@ -157,6 +157,7 @@ def test_cache_that_lacks_a_text_is_refused(stage):
 
 def test_mode_self_is_guided_by_the_students_own_embeddings(stage):
     tree = stage.tree("self", {"mode": "self"}, student={"dropout": 0.0})
+    tree["data"] = tree["data"] | {"known_positives": "off"}
     config = parse_config(tree)
     corpus = prepared_with(tree, None)
     student = Student(config.student)
