@@ -231,7 +231,7 @@ class Preview:
             ("the run", f"{self.num_steps:,} steps = {epochs:,.2f} epochs = {self.num_steps * size:,} pairs seen"),
             ("mixing", f"{config.data.mixing}: {mixing[config.data.mixing]}"),
             *mined,
-            *[("known positives", line) for line in self.known_positives],
+            *[("known", line) for line in self.known_positives],
             ("shares", f"{shares}; no row comes again before all of its source came"),
             (
                 "same texts",
