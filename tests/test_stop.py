@@ -31,7 +31,7 @@ class Asked:
 
     def __call__(self) -> str | None:
         self.count += 1
-        return self.wants if self.count in self.steps else None
+        return self.requests if self.count in self.steps else None
 
 
 def stop_on_one_rank(world: World, tree: dict[str, Any]) -> tuple[str, int]:
