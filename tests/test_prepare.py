@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 import tiny
 
 from gist_dist.common import progress
@@ -58,6 +59,9 @@ def test_tasks_prepare_what_one_process_prepares(ray_session, recipe, tmp_path, 
     monkeypatch.setattr(module, "run_in_process", None)
     config, told = parse_config(recipe), []
     monkeypatch.setattr(module, "run_in_tasks", lambda job, *rest: run_in_tasks(without_torch(job), *rest))
+    # In processes of their own: those that Ray keeps from other tests have imported torch.
+    apart = {"env_vars": {"TASKS_OF": "test_prepare"}}
+    monkeypatch.setattr(ray, "remote", partial(ray.remote, runtime_env=apart))
     corpus = prepare_on_ray(config, Student(config.student), Guide(config.guide))
     assert corpus.manifest["content"] == expected.manifest["content"]
     assert {k: v for k, v in corpus.manifest.items() if k != "inputs"} == {
@@ -78,9 +82,7 @@ def without_torch(job):
     def tokenize(texts):
         import sys
 
-        # A worker that Ray has kept from another test has its modules; a fresh one shows what preparing imports.
-        if "gist_dist.models.encoder" not in sys.modules and "gist_dist.training" not in sys.modules:
-            assert not {"transformers", "sentence_transformers"} & set(sys.modules) or "mteb" in sys.modules
+        assert not {"torch", "transformers", "sentence_transformers"} & set(sys.modules)
         return tokens_of(texts)
 
     return replace(job, student=replace(job.student, tokens_of=tokenize))
