@@ -273,8 +273,7 @@ def test_user_error_of_one_rank_ends_all_at_once(fitted, tmp_path):
     started = time.monotonic()
     with pytest.raises(UserError, match=r"^guide\.model: 'g' can't be read on this node; copy it there$"):
         fitted(one_rank_gives_up)
-    # Not the 30 minutes that the other rank would wait for; two busy cores took 95 s to start the workers.
-    assert time.monotonic() - started < 300
+    assert time.monotonic() - started < 60  # not the 30 minutes that the other rank would wait for
     assert sorted((tmp_path / "attempts").read_text().split()) == ["0", "1"]
 
 
