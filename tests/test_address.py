@@ -1,5 +1,8 @@
 """An address of another kind, a cluster of other versions: one sentence with the true cause and where it was set."""
 
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -103,9 +106,13 @@ def test_a_machine_without_a_place_for_temporary_files(monkeypatch, tmp_path):
 
 
 def test_uv_does_not_take_the_workers_to_another_environment():
-    import ray._private.ray_constants as constants
-
-    assert not constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV
+    # In a process of its own: Ray reads the variable when it is imported, here maybe by a test of before.
+    program = (
+        "import gist_dist.on_ray; from ray._private import ray_constants as c; print(c.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_a_proxy_that_stands_before_a_dashboard_is_named(monkeypatch):
