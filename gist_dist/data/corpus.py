@@ -32,6 +32,7 @@ from gist_dist.common.redact import redact
 from gist_dist.common.storage import STALE_SECONDS, Store, check_file, copies_folder, join, local_copy, open_store
 from gist_dist.config import ROLES, RunConfig
 from gist_dist.data.merge import merge
+from gist_dist.data.ragged import expand
 from gist_dist.data.row_rules import RowRules, row_rules
 from gist_dist.data.shards import MANIFEST, Commit, Job, Prompts
 from gist_dist.data.sources import Source, SourceReport, open_sources
@@ -154,9 +155,7 @@ class Corpus:
     def own_negatives_of(self, rows: np.ndarray) -> np.ndarray:
         """Those of the source. Which rows share a batch depends on them alone: mined ones change as training goes."""
         starts, ends = self._negative_offsets[rows], self._negative_offsets[rows + 1]
-        counts = ends - starts
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self._negatives[np.repeat(starts, counts) + within]
+        return self._negatives[expand(starts, ends - starts)[1]]
 
     def text(self, text: int) -> str:
         return self._texts.text(int(self._at[text]))

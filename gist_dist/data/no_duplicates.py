@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gist_dist.data.corpus import Corpus
+from gist_dist.data.ragged import expand
 
 PROPOSALS = 2**16
 """Moves weighed in a round, or an eighth of those that are wanted where that is more."""
@@ -53,7 +54,7 @@ class SharedTexts:
         """(position in rows, text) of the texts that more than one of these rows has, by position. Texts are numbered
         anew, those in the most rows first."""
         starts = np.concatenate([[0], self.ends[:-1]])[rows]
-        owner, pairs = _expand(starts, self.ends[rows] - starts)
+        owner, pairs = expand(starts, self.ends[rows] - starts)
         _, texts, times = np.unique(self.texts[pairs], return_inverse=True, return_counts=True)
         is_shared = times[texts] > 1
         number = np.empty(len(times), dtype=np.int64)
@@ -183,7 +184,7 @@ class _Seating:
 
     def _pairs_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(position in rows, pair) of all their texts."""
-        return _expand(self.first[rows], self.num_texts[rows])
+        return expand(self.first[rows], self.num_texts[rows])
 
 
 class _Counts:
@@ -237,9 +238,3 @@ class _Counts:
         nth = (rng.random(len(texts)) * self.batches_with_room[texts]).astype(np.int64)
         before = np.searchsorted(self._room_before, texts * self.num_batches + nth, side="right")
         return nth + before - self._first[texts]
-
-
-def _expand(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(i, starts[i] + j) for every j < counts[i]."""
-    number = np.repeat(np.arange(len(counts)), counts)
-    return number, np.arange(len(number)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)

@@ -14,6 +14,7 @@ from scipy.sparse.csgraph import connected_components
 from gist_dist.common.errors import UserError
 from gist_dist.common.text import plural
 from gist_dist.config import LossConfig, RunConfig
+from gist_dist.data.ragged import expand
 
 if TYPE_CHECKING:
     from gist_dist.data.corpus import Corpus
@@ -51,9 +52,8 @@ class KnownPairs:
         order = np.argsort(table, kind="stable")
         sorted_table = table[order]
         first, last = (np.searchsorted(sorted_table, partner, side=side) for side in ("left", "right"))
-        counts = last - first
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        pairs = np.repeat(row, counts) * len(table) + order[np.repeat(first, counts) + within]
+        found_at, place = expand(first, last - first)
+        pairs = row[found_at] * len(table) + order[place]
         return np.divmod(np.unique(pairs), len(table))
 
     def _partners(
@@ -63,10 +63,10 @@ class KnownPairs:
         counts = self.starts[ends + 1] - self.starts[ends]
         some = np.flatnonzero(counts > 1)
         ends, rows, others, counts = ends[some], rows[some], others[some], counts[some]
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        partners = self.partners[np.repeat(self.starts[ends], counts) + within]
-        kept = partners != np.repeat(others, counts)
-        return np.repeat(rows, counts)[kept], partners[kept]
+        number, place = expand(self.starts[ends], counts)
+        partners = self.partners[place]
+        kept = partners != others[number]
+        return rows[number][kept], partners[kept]
 
 
 @dataclass(frozen=True)
