@@ -106,9 +106,9 @@ class Corpus:
         return np.arange(self.num_texts)
 
     @property
-    def sources(self) -> list[dict[str, Any]]:
-        """Of the manifest: a split source is several."""
-        return self.manifest["sources"]
+    def recipe_sources(self) -> list[int]:
+        """Index into data.sources of every source: split_by makes several of one."""
+        return [source.get("recipe_source", number) for number, source in enumerate(self.manifest["sources"])]
 
     @cached_property
     def rules(self) -> RowRules:

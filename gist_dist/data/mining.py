@@ -191,8 +191,8 @@ def options_of(mine: Mine) -> MineOptions:
 
 def minable_rows(config: RunConfig, corpus: "Corpus") -> Int[np.ndarray, "r"]:
     """Not those of classification sets: what is nearest to their texts is of the same class."""
-    numbers = [source.get("recipe_source", n) for n, source in enumerate(corpus.manifest["sources"])]
-    classified = np.array([config.data.sources[number].columns.is_classification for number in numbers])
+    sources = [config.data.sources[number] for number in corpus.recipe_sources]
+    classified = np.array([source.columns.is_classification for source in sources])
     return np.flatnonzero(~classified[corpus.source])
 
 

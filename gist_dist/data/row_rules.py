@@ -106,8 +106,7 @@ class RowRules:
 
 def row_rules(config: RunConfig, corpus: "Corpus") -> RowRules:
     """Of the corpus, as the recipe wants them."""
-    recipe = [config.data.sources[source.get("recipe_source", number)] for number, source in enumerate(corpus.sources)]
-    losses = tuple(config.loss_of(source) for source in recipe)
+    losses = tuple(config.loss_of(config.data.sources[number]) for number in corpus.recipe_sources)
     losses = losses if len(set(losses)) > 1 or set(losses) != {config.loss} else ()
     kind = config.data.known_positives
     if kind == "off":
@@ -125,8 +124,7 @@ def row_rules(config: RunConfig, corpus: "Corpus") -> RowRules:
 
 def check_negatives(config: RunConfig, corpus: "Corpus") -> None:
     """UserError for a source whose rows have no candidate at all."""
-    for number, source in enumerate(corpus.sources):
-        of = source.get("recipe_source", number)
+    for number, of in enumerate(corpus.recipe_sources):
         if config.loss_of(config.data.sources[of]).in_batch or config.data.mine:
             continue
         rows = corpus.num_own_negatives[corpus.source == number]

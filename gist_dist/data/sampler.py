@@ -59,13 +59,10 @@ class Sampler:
     def __init__(self, corpus: Corpus, config: RunConfig) -> None:
         self.corpus, self.config = corpus, config
         self.global_size = config.batch.global_size
-        sources = corpus.manifest["sources"]
-        self.recipe_sources = [source.get("recipe_source", number) for number, source in enumerate(sources)]
-        """Index into data.sources of every source of the corpus: split_by makes several of one."""
         in_order = np.argsort(corpus.source, kind="stable")
-        num_rows = np.bincount(corpus.source, minlength=len(sources))
+        num_rows = np.bincount(corpus.source, minlength=len(corpus.recipe_sources))
         self._rows_of = np.split(in_order, np.cumsum(num_rows)[:-1])
-        weights = np.array([config.data.sources[number].weight for number in self.recipe_sources])
+        weights = np.array([config.data.sources[number].weight for number in corpus.recipe_sources])
         self.rows_per_source = share_epoch(num_rows, weights, config.data.temperature)
         """Rows that an epoch takes of every source."""
         if self.rows_per_epoch < self.global_size:

@@ -28,14 +28,14 @@ def data_summary(corpus: Corpus, sampler: Sampler) -> dict[str, Any]:
 def source_accounts(corpus: Corpus, sampler: Sampler) -> list[dict[str, Any]]:
     """The manifest's account of every source and what the first epoch does with it; plain values, as in data.json."""
     epoch, sources, num_sources = sampler.epoch(0), corpus.manifest["sources"], len(corpus.manifest["sources"])
-    weights = [sampler.config.data.sources[number].weight for number in sampler.recipe_sources]
+    weights = [sampler.config.data.sources[number].weight for number in corpus.recipe_sources]
     anchors, positives, texts = _distinct_texts(corpus, num_sources)
     batches, batches_alone = _batches_of(corpus, epoch.batches, num_sources)
     commonest = _rows_of_commonest_text(corpus, sampler, num_sources)
     accounts = []
     for number, source in enumerate(sources):
         account = source | {
-            "recipe_source": sampler.recipe_sources[number],
+            "recipe_source": corpus.recipe_sources[number],
             "rows_dropped": sum(source["dropped"].values()),
             "weight": weights[number],
             "rows_per_epoch": sampler.rows_per_source[number],

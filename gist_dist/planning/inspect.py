@@ -152,7 +152,7 @@ def _sample(config: RunConfig, corpus: Corpus, number: int, max_rows: int | None
 def _known_clusters(config: RunConfig, corpus: Corpus, number: int) -> tuple[str | None, Int[np.ndarray, " n"]]:
     """What is known to belong together: a number for every text, equal for texts of one label or one cluster of pairs,
     and whether that comes from "labels" or "pairs"; None where no text is in two pairs, so that nothing is known."""
-    recipe = config.data.sources[corpus.manifest["sources"][number].get("recipe_source", number)]
+    recipe = config.data.sources[corpus.recipe_sources[number]]
     rows = np.flatnonzero(corpus.source == number)
     used = np.unique(np.concatenate([corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)]))
     cluster = np.arange(len(corpus.identity))

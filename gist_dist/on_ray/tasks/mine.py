@@ -294,7 +294,7 @@ def _write_sources(
     """One parquet for each source of the recipe, and sources.yaml; returns the counts."""
     mined, shortage = (np.concatenate([getattr(b, name) for b in blocks]) for name in ("texts", "shortage"))
     anchor_of = np.searchsorted(search.anchors, corpus.anchors)
-    recipe_source = np.array([source["recipe_source"] for source in corpus.manifest["sources"]])[corpus.source]
+    recipe_source = np.array(corpus.recipe_sources)[corpus.source]
     names = [re.sub(r"[^\w.-]", "_", source.label, flags=re.ASCII)[:100] for source in recipe.data.sources]
     listed, counts = list[SourceConfig](), list[dict[str, Any]]()
     for number, source in enumerate(recipe.data.sources):
