@@ -68,6 +68,7 @@ def measure(num_rows: int, anchors: str | int, positives: str | int, size: int) 
         own_negatives_of=lambda rows: np.empty(0, np.int64),
         source=np.zeros(num_rows, np.int32),
         manifest={"sources": [{"name": "random"}]},
+        recipe_sources=[0],
     )
     source = {"path": "random"}
     recipe = {"name": "sampling", "student": {"model": "none"}, "data": {"sources": [source]}}

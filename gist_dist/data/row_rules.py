@@ -117,7 +117,7 @@ def row_rules(config: RunConfig, corpus: "Corpus") -> RowRules:
     joined = [ends] if kind == "clusters" else []
     if corpus.label is not None:
         joined.append(_of_one_label(ends[0], corpus.label))
-    groups = _groups(joined, num_ids)[ids] if joined else None
+    groups = joined_by_pairs(joined, num_ids)[ids] if joined else None
     pairs = KnownPairs.of(*ends, num_ids) if kind == "pairs" else None
     return RowRules(ids, pairs, groups, losses)
 
@@ -158,7 +158,7 @@ def _of_one_label(
     return anchors[order[:-1][same]], anchors[order[1:][same]]
 
 
-def _groups(pairs: list[tuple[np.ndarray, np.ndarray]], num_ids: int) -> Int[np.ndarray, " i"]:
+def joined_by_pairs(pairs: list[tuple[np.ndarray, np.ndarray]], num_ids: int) -> Int[np.ndarray, " i"]:
     """A number for every id, equal where pairs join them; -1 less the id where none does."""
     one, other = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
     graph = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(num_ids, num_ids))

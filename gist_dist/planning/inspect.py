@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from gist_dist.common.errors import UserError
@@ -30,6 +28,7 @@ from gist_dist.core.plan import plan_batch
 from gist_dist.core.step import batch_index
 from gist_dist.data.clusters import cluster_source, neighbours_together
 from gist_dist.data.corpus import Corpus
+from gist_dist.data.row_rules import joined_by_pairs
 from gist_dist.data.sources import Source
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import encode_inputs
@@ -163,8 +162,8 @@ def _known_clusters(config: RunConfig, corpus: Corpus, number: int) -> tuple[str
         return "labels", cluster
     identity = np.unique(corpus.identity, return_inverse=True)[1]
     ends = identity[corpus.anchors[rows]], identity[corpus.positives[rows]]
-    graph = coo_array((np.ones(len(rows), dtype=bool), ends), shape=(len(cluster), len(cluster)))
-    cluster = connected_components(graph, directed=False)[1][identity].astype(np.int64)
+    groups = joined_by_pairs([ends], int(identity.max()) + 1)
+    cluster = np.unique(groups[identity], return_inverse=True)[1]
     return ("pairs" if np.bincount(cluster[corpus.anchors[rows]]).max() > 1 else None), cluster
 
 
