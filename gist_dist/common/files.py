@@ -48,6 +48,15 @@ def _digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+def json_object(file: Path) -> dict[str, Any]:
+    """What another program has left there; {} for a file that is not there, or holds anything else."""
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 def is_lfs_pointer(file: Path) -> bool:
     """Whether it is what git leaves of a large file where git-lfs has not fetched it: about 130 bytes of text."""
     try:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gist_dist.common.files import is_lfs_pointer
+from gist_dist.common.files import is_lfs_pointer, json_object
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 FOREIGN = ("*.onnx", "*.gguf", "*.h5", "*.msgpack", "*.tflite", "openvino_model.xml", "*.mlmodel")
@@ -27,7 +27,7 @@ def what_is_wrong(folder: Path) -> str | None:
         return None
     weights = _own_weights(inner)
     if (inner / "adapter_config.json").is_file() and not weights:
-        base = _read(inner / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        base = json_object(inner / "adapter_config.json").get("base_model_name_or_path") or "its base model"
         return (
             f"it holds a PEFT adapter (LoRA) of '{base}' and no whole model; merge it (peft: merge_and_unload(), "
             "unsloth: save_pretrained_merged(), ms-swift: swift export --merge_lora true) and name the merged folder"
@@ -47,7 +47,7 @@ def what_is_wrong(folder: Path) -> str | None:
 def what_to_say(folder: Path) -> str | None:
     """What a user may not know of a folder that is used all the same."""
     inner = transformer_folder(folder)
-    heads = [str(a) for a in _read(inner / "config.json").get("architectures") or [] if "For" in str(a)]
+    heads = [str(a) for a in json_object(inner / "config.json").get("architectures") or [] if "For" in str(a)]
     is_plain = not (folder / "modules.json").is_file()
     if heads and is_plain and heads[0].endswith("ForCausalLM"):
         return "it has no modules of sentence-transformers (modules.json): the last token of a text is its embedding"
@@ -76,33 +76,35 @@ def stored_dtype(folder: Path) -> str | None:
         floats = [names[kind] for kind in kinds if kind in names]
         if floats:
             return max(set(floats), key=floats.count)
-    settings = _read(inner / "config.json")
+    settings = json_object(inner / "config.json")
     told = settings.get("dtype") or settings.get("torch_dtype")
     return told if isinstance(told, str) else None
 
 
 def transformer_folder(folder: Path) -> Path:
     """Where the first module lies: the folder itself, or 0_Transformer in older models."""
-    try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        inner = folder / modules[0]["path"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return folder
-    return inner if inner.is_dir() else folder
+    path = _first_module(folder).get("path")
+    return folder / path if isinstance(path, str) and (folder / path).is_dir() else folder
 
 
 def _begins_with_a_transformer(folder: Path) -> bool:
+    first = _first_module(folder)
+    return "type" not in first or str(first["type"]).endswith(".Transformer")
+
+
+def _first_module(folder: Path) -> dict[str, Any]:
+    """As modules.json describes it; {} where nothing does."""
     try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        return str(modules[0]["type"]).endswith(".Transformer")
+        first = json.loads((folder / "modules.json").read_text(encoding="utf-8"))[0]
     except (OSError, ValueError, LookupError, TypeError):
-        return True
+        return {}
+    return first if isinstance(first, dict) else {}
 
 
 def other_family(folder: Path) -> str | None:
     """Why it can't be used, where it is a model of another kind than those that give a text one embedding."""
-    settings = _read(transformer_folder(folder) / "config.json")
-    kind = str(_read(folder / "config_sentence_transformers.json").get("model_type") or "")
+    settings = json_object(transformer_folder(folder) / "config.json")
+    kind = str(json_object(folder / "config_sentence_transformers.json").get("model_type") or "")
     heads = [str(a) for a in settings.get("architectures") or []]
     is_plain = not (folder / "modules.json").is_file()
     labels = settings.get("id2label")
@@ -144,7 +146,7 @@ def _shards(folder: Path) -> list[str]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file() and not (folder / name).is_file():
-            named = _read(index).get("weight_map")
+            named = json_object(index).get("weight_map")
             return sorted({str(file) for file in named.values()}) if isinstance(named, dict) else []
     return []
 
@@ -164,14 +166,6 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError):
         return {}
     return {name: value for name, value in tree.items() if isinstance(value, dict)} if isinstance(tree, dict) else {}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 def _short(file: Path, folder: Path) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gist_dist.common.files import json_object
+
 HIDDEN = ("hidden_size", "d_model", "dim", "n_embd")
 LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 TABLES = ("vocab_size", "max_position_embeddings", "type_vocab_size")
@@ -39,7 +41,7 @@ ASSUMED = ModelShape("", 335_000_000, 303_000_000, 1024, 1024, 24, is_assumed=Tr
 def model_shape(model: str) -> ModelShape:
     """From the files of a folder or of the Hub's cache; BERT-large where there are none."""
     folder = _folder_of(model)
-    settings = _read_json(folder / "config.json") if folder else {}
+    settings = json_object(folder / "config.json") if folder else {}
     hidden, layers = _first(settings, *HIDDEN), _first(settings, *LAYERS)
     if not folder or not hidden or not layers:
         return replace(ASSUMED, model=model)
@@ -68,14 +70,6 @@ def _folder_of(model: str) -> Path | None:
     except HFValidationError:  # a path that is not here
         return None
     return Path(cached).parent if isinstance(cached, str) else None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 def _first(settings: dict[str, Any], *names: str) -> int | None:
