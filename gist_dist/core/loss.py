@@ -202,9 +202,9 @@ class _Block:
         self.counts["rows_without_negatives"] += (largest == -torch.inf).sum()
         largest.clamp_(min=torch.finfo(scores.dtype).min)
         weights = scores.sub_(largest.unsqueeze(1)).exp_()
-        log_negatives = weights.sum(dim=1).double().log() + largest  # log N
-        kept = [weights[:, columns].sum(dim=1).double().log() + largest for columns in self.layout.columns.values()]
-        for name, share in self.dropped.shares(kept).items():
+        by_part = [weights[:, columns].sum(dim=1).double() for columns in self.layout.columns.values()]
+        log_negatives = sum(by_part, largest.new_zeros(len(largest), dtype=torch.float64)).log() + largest  # log N
+        for name, share in self.dropped.shares([total.log() + largest for total in by_part]).items():
             self.counts[name] += share
 
         slopes = positives.against(log_negatives, self.config)
