@@ -44,6 +44,7 @@ def reference_loss(
     anchor's group.
     """
     sigma = None if guide is None else (guide @ guide.T).tolist()
+    cosines = (student @ student.T).detach().double().tolist()
     configs = [config] * len(rows) if isinstance(config, LossConfig) else config
     losses, counts = [], Counter()
     for i, row in enumerate(rows):
@@ -71,7 +72,7 @@ def reference_loss(
         for part, query, text, is_own in candidates:
             if is_own and part != "an":  # a positive, which is kept already, or an anchor or positive with itself
                 continue
-            mass = math.exp((student[query] @ student[text]).item() / config.temperature)
+            mass = math.exp(cosines[query][text] / config.temperature)
             weight["all", "all"] += mass
             weight["all", part] += mass
             in_group = groups is not None and groups[text] == groups[a]
@@ -109,14 +110,20 @@ def reference_loss(
                 [own] * (1 + len(row.further)) + [max(g, 1e-6) for g, *_ in joining], dtype=student.dtype
             )
         weights = weights / weights.sum()
-        s = torch.stack([student[x] @ student[y] for x, y in pairs])
+        s = _cosines(student, pairs)
         counts["positive_similarity"] += s[0].item()
         logits = s / config.temperature
-        negatives = [(student[x] @ student[y] / config.temperature).reshape(1) for x, y in kept]
+        negatives = _cosines(student, kept) / config.temperature
         if config.positives == "mean":
-            with_each = torch.stack([torch.cat([logit.reshape(1), *negatives]).logsumexp(dim=0) for logit in logits])
+            with_each = torch.stack([torch.cat([logit.reshape(1), negatives]).logsumexp(dim=0) for logit in logits])
             losses.append((weights * (with_each - logits)).sum())
         else:
             of_all = (weights.log() + logits).logsumexp(dim=0)
-            losses.append(torch.cat([of_all.reshape(1), *negatives]).logsumexp(dim=0) - of_all)
+            losses.append(torch.cat([of_all.reshape(1), negatives]).logsumexp(dim=0) - of_all)
     return torch.stack(losses).mean(), counts
+
+
+def _cosines(student: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """Of pairs of texts, to be differentiated."""
+    queries, texts = zip(*pairs, strict=True) if pairs else ((), ())
+    return (student[list(queries)] * student[list(texts)]).sum(dim=1)
