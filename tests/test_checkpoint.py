@@ -302,7 +302,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system of 2 MB takes root, and a container that may mount (CAP_SYS_ADMIN)")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    # Lazy: a mapped file may wait for the garbage collector, and would keep the place busy.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def fill(disk: Path) -> None:
