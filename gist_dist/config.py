@@ -357,6 +357,16 @@ class Mine(Section):
     """The nearest that pass, or a seeded draw from ten times as many."""
 
 
+def _share(value: Any) -> Any:
+    """1% as 0.01."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            pass
+    return value
+
+
 class DataConfig(Section):
     sources: tuple[SourceConfig, ...]
     root: DataPath | None = None
@@ -372,6 +382,9 @@ class DataConfig(Section):
     mine: Mine | None = None
     """Hard negatives by the guide before training and, if asked, by the student as it goes; null: none. Needs
     guide.model."""
+    hold_out: Annotated[float | None, BeforeValidator(_share, float | str | None)] = Field(default=None, gt=0, lt=0.5)
+    """Share of the rows (0.01, or 1%) that are not trained on but scored, as a retrieval set and by their loss, while
+    the run trains (evaluate.during). Rows that known positives join stay together. null: none."""
     temperature: float = Field(default=1.0, ge=1)
     """Sources share an epoch in proportion to (rows × weight)^(1/temperature). 1: in proportion, every row once. More
     raises the small sources; an epoch stays as long, and no row comes again before all of its source came."""
@@ -487,6 +500,25 @@ class CheckpointConfig(Section):
     """How long storage that fails is tried again before training goes on without that checkpoint."""
 
 
+HELD_OUT = "held_out"
+"""The evaluation set of the rows of data.hold_out, among the names of tasks."""
+
+
+def _steps_of_evaluation(value: Any) -> Any:
+    value = _share(value)
+    steps = value if isinstance(value, list | tuple) else [value]
+    is_share = isinstance(value, float) and 0 < value < 1
+    if value is None or is_share or (steps and all(type(step) is int and step >= 1 for step in steps)):
+        return value
+    raise ValueError(f"{SHORT.repr(value)} is no number of steps, no share of an epoch (0.5, 50%) and no list of steps")
+
+
+Every = Annotated[
+    int | float | tuple[int, ...] | None,
+    BeforeValidator(_steps_of_evaluation, int | float | str | tuple[int, ...] | None),
+]
+
+
 class EvaluateConfig(Section):
     tasks: tuple[str, ...] = ()
     """MTEB tasks (or names of folders in local_tasks) run after training; [] trains only."""
@@ -496,18 +528,24 @@ class EvaluateConfig(Section):
     """Also run them on the guide."""
     local_tasks: ReadPath | None = None
     """Folder of task folders read instead of the Hub: MTEB tasks under their names, and your own sets."""
-    every_steps: int | None = Field(default=None, ge=1)
-    """Not offered yet; must be null."""
+    during: tuple[str, ...] = ()
+    """What is scored while the run trains: MTEB tasks, your own sets, and held_out, the rows of data.hold_out. []: the
+    held-out rows where there are any, and else tasks."""
+    every_steps: Every = None
+    """Steps between two evaluations of what `during` names; below 1, a share of an epoch; a list, these steps. The
+    untrained student and the last step are always scored. null: they alone, and none without `during` or
+    data.hold_out."""
+    keep_best: str | None = None
+    """A task of `during`, mean (of all of them) or loss (of the held-out rows): the run's model is the one of the step
+    where that is best, and the last one stays beside it as model-last. null: the last step's."""
+    stop_after: int | None = Field(default=None, ge=1)
+    """Training ends after so many evaluations in a row without a gain in keep_best (early stopping)."""
+    least_gain: float = Field(default=0.0, ge=0)
+    """What counts as a gain: more than this, in points of 100 (of a loss: as it is)."""
     batch_size: int = Field(default=64, ge=1)
     """Texts encoded at once."""
     task_timeout_minutes: float | None = Field(default=1440, gt=0)
     """A task that takes longer is ended and reported as failed, the others go on; null: no limit."""
-
-    @model_validator(mode="after")
-    def _during_training(self) -> "EvaluateConfig":
-        if self.every_steps is not None:
-            raise ValueError("every_steps: evaluation during training is not offered yet; set it to null")
-        return self
 
 
 def _check_num_workers(value: Any) -> Any:
@@ -657,6 +695,36 @@ class RunConfig(Section):
         if self.data.mine and all(source.columns.is_classification for source in self.data.sources):
             raise ValueError("data.mine: all sources are classification sets, whose triplets have negatives already")
         return self
+
+    @model_validator(mode="after")
+    def _scored_while_it_trains(self) -> "RunConfig":
+        evaluate, watched = self.evaluate, self.watched
+        if HELD_OUT in evaluate.tasks:
+            raise ValueError(f"evaluate.tasks: {HELD_OUT} is scored while the run trains; name it in evaluate.during")
+        if HELD_OUT in watched and self.data.hold_out is None:
+            raise ValueError(
+                f"evaluate.during: {HELD_OUT} are the rows of data.hold_out, which is not set; set it to 1%"
+            )
+        if evaluate.every_steps is not None and not watched:
+            raise ValueError("evaluate.every_steps: there is nothing to score; set evaluate.during or data.hold_out")
+        if evaluate.stop_after is not None and evaluate.keep_best is None:
+            raise ValueError("evaluate.stop_after: what has to gain is not said; set evaluate.keep_best, to mean")
+        if evaluate.keep_best is None:
+            return self
+        if evaluate.every_steps is None:
+            raise ValueError("evaluate.keep_best: only the last step is scored, and so the best; set every_steps")
+        names = [*watched, "mean", *["loss"] * (HELD_OUT in watched)]
+        if evaluate.keep_best not in names:
+            told = f"evaluate.keep_best = {SHORT.repr(evaluate.keep_best)}: it is not scored while the run trains"
+            raise ValueError(f"{told} ({', '.join(names)} are); add it to evaluate.during")
+        return self
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Tasks that are scored while the run trains."""
+        evaluate = self.evaluate
+        held_out = (HELD_OUT,) if self.data.hold_out is not None else ()
+        return tuple(dict.fromkeys(evaluate.during or held_out or (evaluate.tasks if evaluate.every_steps else ())))
 
     @property
     def run_dir(self) -> Path:

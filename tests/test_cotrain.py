@@ -95,7 +95,7 @@ def in_process(monkeypatch):
             tree["guide"]["mode"] = "online"
             folder.create(config)
             run(World(), tree)
-            folder.mark_trained()
+            folder.mark_trained(3)
             trained.append(config.name)
 
     monkeypatch.setattr(module, "train_and_evaluate", train)

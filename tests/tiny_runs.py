@@ -117,7 +117,7 @@ def curve(tree: dict[str, Any]) -> list[dict[str, Any]]:
         raise AssertionError(f"{constant} is no JSON")
 
     lines = (run_dir(tree) / "metrics.jsonl").read_text().splitlines()
-    parsed = [json.loads(line, parse_constant=refuse) for line in lines]
+    parsed = [json.loads(line, parse_constant=refuse) for line in lines if '"evaluation"' not in line]
     return [{key: value for key, value in line.items() if key not in varying} for line in parsed]
 
 

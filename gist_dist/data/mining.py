@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import Mine, RunConfig
+from gist_dist.data.held_out import held_out_rows
 
 if TYPE_CHECKING:
     from gist_dist.data.corpus import Corpus
@@ -190,10 +191,12 @@ def options_of(mine: Mine) -> MineOptions:
 
 
 def minable_rows(config: RunConfig, corpus: "Corpus") -> Int[np.ndarray, "r"]:
-    """Not those of classification sets: what is nearest to their texts is of the same class."""
+    """Not those of classification sets: what is nearest to their texts is of the same class; nor those held out."""
     sources = [config.data.sources[number] for number in corpus.recipe_sources]
     classified = np.array([source.columns.is_classification for source in sources])
-    return np.flatnonzero(~classified[corpus.source])
+    minable = ~classified[corpus.source]
+    minable[held_out_rows(config, corpus)] = False
+    return np.flatnonzero(minable)
 
 
 def by_row(

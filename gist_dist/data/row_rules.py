@@ -116,7 +116,7 @@ def row_rules(config: RunConfig, corpus: "Corpus") -> RowRules:
     ends = ids[corpus.anchors], ids[corpus.positives]
     joined = [ends] if kind == "clusters" else []
     if corpus.label is not None:
-        joined.append(_of_one_label(ends[0], corpus.label))
+        joined.append(pairs_of_labels(ends[0], corpus.label))
     groups = joined_by_pairs(joined, num_ids)[ids] if joined else None
     pairs = KnownPairs.of(*ends, num_ids) if kind == "pairs" else None
     return RowRules(ids, pairs, groups, losses)
@@ -148,7 +148,7 @@ def known_positives_lines(corpus: "Corpus") -> list[str]:
     return lines
 
 
-def _of_one_label(
+def pairs_of_labels(
     anchors: Int[np.ndarray, " r"], labels: Int[np.ndarray, " r"]
 ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
     """Pairs that join the anchors of every label, one after the other; 0 is no label."""

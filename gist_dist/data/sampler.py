@@ -20,6 +20,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
 from gist_dist.data.clusters import neighbours_together
 from gist_dist.data.corpus import Corpus
+from gist_dist.data.held_out import held_out_rows
 from gist_dist.data.no_duplicates import SharedTexts, repeating_rows, spread
 
 SMALLEST_BATCH = 1 / 16
@@ -59,8 +60,12 @@ class Sampler:
     def __init__(self, corpus: Corpus, config: RunConfig) -> None:
         self.corpus, self.config = corpus, config
         self.global_size = config.batch.global_size
+        self.held_out = held_out_rows(config, corpus)
+        """Rows that no batch has."""
         in_order = np.argsort(corpus.source, kind="stable")
-        num_rows = np.bincount(corpus.source, minlength=len(corpus.recipe_sources))
+        if len(self.held_out):
+            in_order = in_order[~np.isin(in_order, self.held_out)]
+        num_rows = np.bincount(corpus.source[in_order], minlength=len(corpus.recipe_sources))
         self._rows_of = np.split(in_order, np.cumsum(num_rows)[:-1])
         weights = np.array([config.data.sources[number].weight for number in corpus.recipe_sources])
         self.rows_per_source = share_epoch(num_rows, weights, config.data.temperature)

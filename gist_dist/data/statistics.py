@@ -16,6 +16,7 @@ def data_summary(corpus: Corpus, sampler: Sampler) -> dict[str, Any]:
         "reports": corpus.manifest["reports"],
         "num_rows": corpus.num_rows,
         "num_texts": corpus.num_texts,
+        "held_out": len(sampler.held_out),
         "rows_per_epoch": sampler.rows_per_epoch,
         "steps_per_epoch": sampler.steps_per_epoch,
         "steps": sampler.num_steps,

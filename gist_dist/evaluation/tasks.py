@@ -9,30 +9,32 @@ import difflib
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.storage import copies_folder
 from gist_dist.common.text import one_line
-from gist_dist.config import EvaluateConfig
+from gist_dist.config import HELD_OUT, EvaluateConfig
 from gist_dist.evaluation.local_sets import check_column, listed, own_task
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
 
-def check_tasks(evaluate: EvaluateConfig) -> None:
+def check_tasks(evaluate: EvaluateConfig, others: Sequence[str] = ()) -> None:
     """Find out, without network, what would stop an evaluation: unknown tasks, missing or wrong local files.
 
-    Raises UserError that names the task, or the file and column.
+    others: tasks that are scored besides evaluate.tasks; held_out is the run's own. Raises UserError that names the
+    task, or the file and column.
     """
-    if not evaluate.tasks:
+    names = [name for name in dict.fromkeys((*evaluate.tasks, *others)) if name != HELD_OUT]
+    if not names:
         return
     if evaluate.local_tasks is not None and not Path(evaluate.local_tasks).expanduser().is_dir():
         raise UserError(f"evaluate.local_tasks: no folder '{evaluate.local_tasks}'; create it or set null")
-    for name in evaluate.tasks:
+    for name in names:
         folder = local_folder(name, evaluate.local_tasks)
         task = load_task(name, evaluate.local_tasks)
         if task.metadata.modalities != ["text"]:

@@ -45,7 +45,7 @@ def cotrain(first: RunConfig, second: RunConfig, rounds: int, with_fixed: bool =
         RunFolder(planned.config).refuse_other_recipe()
     for planned in runs[:2]:
         if not RunFolder(planned.config).is_trained():
-            check_tasks(planned.config.evaluate)
+            check_tasks(planned.config.evaluate, planned.config.watched)
             prepare(
                 planned.config, clustered=False
             )  # mistakes in the second recipe are named before the first is trained

@@ -1,14 +1,18 @@
 """`gist-dist train`: check, prepare, train on Ray, evaluate on the freed workers, report."""
 
 import logging
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.events import phase
 from gist_dist.common.signals import stop_requests
-from gist_dist.config import RunConfig
+from gist_dist.common.text import plural
+from gist_dist.config import HELD_OUT, RunConfig
 from gist_dist.data.corpus import PREPARING, Corpus
+from gist_dist.data.held_out import write_evaluation_set
 from gist_dist.data.row_rules import check_negatives
 from gist_dist.data.sampler import Sampler
 from gist_dist.data.statistics import data_summary
@@ -23,17 +27,22 @@ from gist_dist.on_ray.tasks.evaluation import evaluate_models
 from gist_dist.on_ray.tasks.mine import mine_for_training
 from gist_dist.on_ray.tasks.precompute import precompute
 from gist_dist.on_ray.tasks.prepare import prepare_on_ray
+from gist_dist.on_ray.tasks.scores import ScoresWhileTraining
 from gist_dist.on_ray.tasks.triplets import resolve_classification
 from gist_dist.on_ray.train.fit import fit
+from gist_dist.on_ray.train.messages import STOP, post
 from gist_dist.on_ray.train.worker import RunInputs
 from gist_dist.planning.outline import outline
 from gist_dist.report import Summary, build_report
 from gist_dist.report.model_card import write_model_card
 from gist_dist.report.mteb_export import export_run
 from gist_dist.report.publish import check_hub, push_model
+from gist_dist.runs.evaluations import adopt_best, read_evaluations, remove_all_models, verdict_so_far
 from gist_dist.runs.folder import RunFolder
 from gist_dist.runs.lock import RunLock, locked
-from gist_dist.training.trackers import check_trackers, track_scores
+from gist_dist.runs.metrics_file import METRICS, add_evaluations, evaluation_lines
+from gist_dist.training.snapshots import evaluation_steps
+from gist_dist.training.trackers import check_trackers, track_evaluations, track_scores
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +55,7 @@ def train_and_evaluate(config: RunConfig) -> Summary:
     config = config.absolute_paths()
     run = RunFolder(config)
     run.refuse_other_recipe()
-    check_tasks(config.evaluate)
+    check_tasks(config.evaluate, config.watched)
     check_trackers(config)
     check_hub(config.tracking.hub)
     with locked(run.folder) as lock:
@@ -59,7 +68,7 @@ class Stopped(Exception):
 
 def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Summary:
     trained = run.is_trained()
-    prepared = None if trained else prepare_run(config, run)
+    prepared, num_steps = (None, 0) if trained else prepare_run(config, run)
     if trained and not config.evaluate.tasks:
         logger.info("%s is trained; nothing is left to do but the report", run.folder)
     else:
@@ -72,13 +81,7 @@ def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Sum
                 if config.data.mine and prepared.guide:
                     _, mined = mine_for_training(config, prepared.corpus, prepared.guide, resources)
                 inputs = _inputs(config, prepared, mined, lock.token)
-                with stop_requests() as requests:
-                    outcome = fit(config, inputs, resources, requests, lock.check)
-                if outcome == "stopped":
-                    raise Stopped(f"stopped with a checkpoint, {run.folder}")
-                run.mark_trained()
-                if requests.requested:
-                    raise Stopped(f"trained, and stopped before evaluation and report, {run.folder}")
+                _train(config, run, inputs, resources, lock, num_steps)
             if config.evaluate.tasks:
                 labels = _models(config, run)
                 evaluate_models(labels, config, run.folder / "mteb")
@@ -88,6 +91,57 @@ def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Sum
     push_model(config, run.folder)
     export_run(config, run.folder)
     return build_report(run.folder)
+
+
+def _train(
+    config: RunConfig, run: RunFolder, inputs: RunInputs, resources: dict[str, float], lock: RunLock, num_steps: int
+) -> None:
+    """To the last step, or the one after which scores no longer rise; scored meanwhile, where the recipe says so.
+
+    Stopped where it was asked to stop. What is done stays done, and the next call does the rest.
+    """
+    with stop_requests() as requests, ExitStack() as ends:
+        scores = None
+        if config.watched:
+            early = partial(post, run.folder, STOP)
+            scores = ends.enter_context(ScoresWhileTraining(config, inputs, resources, early))
+
+        def check() -> None:
+            lock.check()
+            if scores and requests.requested:
+                raise Stopped(f"trained, and stopped before all steps were scored, {run.folder}")
+
+        if verdict_so_far(run.folder, config.evaluate).stop is None:
+            outcome = fit(config, inputs, resources, requests, lock.check, bool(scores and scores.share.waits))
+            ended_early = scores is not None and scores.stopped_after is not None
+            if scores and scores.error and outcome == "stopped":
+                raise scores.error
+            if outcome == "stopped" and not ended_early:
+                raise Stopped(f"stopped with a checkpoint, {run.folder}")
+        if scores:
+            scores.finish(check)
+        last = _adopt_best(config, run, num_steps)
+        run.mark_trained(last)
+        if requests.requested:
+            raise Stopped(f"trained, and stopped before evaluation and report, {run.folder}")
+
+
+def _adopt_best(config: RunConfig, run: RunFolder, num_steps: int) -> int:
+    """The run's model is that of the step with the best scores, where the recipe says so; gives the last step."""
+    evaluations, verdict = read_evaluations(run.folder), verdict_so_far(run.folder, config.evaluate)
+    last = num_steps if verdict.stop is None else verdict.stop
+    adopt_best(run.folder, verdict, last)
+    remove_all_models(run.folder)
+    lines = [evaluation.line() for evaluation in evaluations]
+    known = {line["step"] for line in evaluation_lines(run.folder / METRICS)}
+    add_evaluations(run.folder / METRICS, lines)
+    track_evaluations(config, [line for line in lines if line["step"] not in known])
+    if verdict.stop is not None:
+        without = plural(config.evaluate.stop_after or 0, "evaluation")
+        logger.info("training ended after step %d: %s without a gain in %s", last, without, config.evaluate.keep_best)
+    if verdict.best is not None:
+        logger.info("the run's model is that of step %d, the best in %s", verdict.best, config.evaluate.keep_best)
+    return last
 
 
 class Prepared(NamedTuple):
@@ -137,15 +191,18 @@ def precompute_only(config: RunConfig) -> list[str]:
     return precompute(config, prepared.corpus, prepared.guide).lines()
 
 
-def prepare_run(config: RunConfig, run: RunFolder) -> Prepared:
-    """Prepare, check that batches can be drawn, and only then take the run's folder."""
+def prepare_run(config: RunConfig, run: RunFolder) -> tuple[Prepared, int]:
+    """What the run is made of, and how many steps it has. All is checked before the run's folder is taken."""
     prepared = prepare(config)
     corpus = prepared.corpus
     sampler = Sampler(corpus, config)
+    evaluation_steps(config, sampler.num_steps, sampler.steps_per_epoch)
     run.create(config)  # not before: a mistake in the recipe's data can then be fixed under the same name
     run.write_data_summary(data_summary(corpus, sampler))
+    if len(sampler.held_out):
+        write_evaluation_set(config, corpus, run.folder / HELD_OUT)
     logger.info("%s", "\n".join(outline(config, prepared.student, prepared.guide, corpus, sampler)))
-    return prepared
+    return prepared, sampler.num_steps
 
 
 def _scores(folder: Path) -> dict[str, float]:

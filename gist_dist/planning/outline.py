@@ -22,6 +22,8 @@ def outline(config: RunConfig, student: Student, guide: Encoder | None, corpus: 
         "workers": _workers(config),
         "then": _evaluation(config),
     }
+    if len(sampler.held_out):
+        told["data"] += f", {plural(len(sampler.held_out), 'row')} of them held out"
     if warning := long_text_line(student, corpus):
         told["data"] += f"; {warning}"
     lines = [f"{name:9}{text}" for name, text in told.items()]
@@ -85,6 +87,29 @@ def _workers(config: RunConfig) -> str:
 
 
 def _evaluation(config: RunConfig) -> str:
+    if config.watched:
+        return f"while it trains {while_training(config)}; then {_afterwards(config)}"
+    return _afterwards(config)
+
+
+def while_training(config: RunConfig) -> str:
+    """held_out every 100 steps, the best by mean is kept, ended after 3 evaluations without a gain."""
+    evaluate, every = config.evaluate, config.evaluate.every_steps
+    if every is None:
+        when = "before and after"
+    elif isinstance(every, tuple):
+        when = f"after {plural(len(every), 'step')} and the last"
+    else:
+        when = f"every {plural(int(every), 'step')}" if every >= 1 else f"every {every:g} of an epoch"
+    text = f"{', '.join(config.watched[:5])}{' …' * (len(config.watched) > 5)} {when}"
+    if evaluate.keep_best:
+        text += f", the best by {evaluate.keep_best} is kept"
+    if evaluate.stop_after:
+        text += f", ended after {plural(evaluate.stop_after, 'evaluation')} without a gain"
+    return text
+
+
+def _afterwards(config: RunConfig) -> str:
     evaluate = config.evaluate
     if not evaluate.tasks:
         return "no evaluation (evaluate.tasks is empty)"

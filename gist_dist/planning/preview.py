@@ -24,7 +24,7 @@ from gist_dist.models.encoder import Encoder, Guide, Student
 from gist_dist.models.guide_cache import open_guide_cache
 from gist_dist.planning.cost_model import kept_share, worker_memory, workload
 from gist_dist.planning.model_shape import ModelShape, model_shape
-from gist_dist.planning.outline import long_text_line, prompt_lines
+from gist_dist.planning.outline import long_text_line, prompt_lines, while_training
 
 SAMPLED_BATCHES = 8
 SHOWN_SOURCES, SHOWN_REASONS = 30, 10
@@ -75,6 +75,8 @@ class Preview:
     are not there yet."""
     similarity_at_random: float | None
     """The same, were batches not clustered."""
+    num_held_out: int = 0
+    """Rows of data.hold_out."""
     known_positives: Sequence[str] = ()
     """What the data say to mean the same."""
     notes: Sequence[str] = ()
@@ -231,6 +233,7 @@ class Preview:
             ("the run", f"{self.num_steps:,} steps = {epochs:,.2f} epochs = {self.num_steps * size:,} pairs seen"),
             ("mixing", f"{config.data.mixing}: {mixing[config.data.mixing]}"),
             *mined,
+            *self._watched(),
             *[("known", line) for line in self.known_positives],
             ("shares", f"{shares}; no row comes again before all of its source came"),
             (
@@ -239,6 +242,15 @@ class Preview:
                 f"{self.epoch.duplicates_admitted:,} texts had to repeat",
             ),
         )
+
+    def _watched(self) -> list[tuple[str, str]]:
+        """What is held out, and when the run is scored while it trains."""
+        told = list[tuple[str, str]]()
+        if self.num_held_out:
+            told.append(("held out", f"{self.num_held_out:,} rows, which no batch has"))
+        if self.config.watched:
+            told.append(("scored", while_training(self.config)))
+        return told
 
     def _batches(self) -> list[str]:
         workers, plans = self.config.cluster.max_workers, self.plans
@@ -366,6 +378,7 @@ def preview(config: RunConfig, student: Student, guide: Guide | None, corpus: Co
         activation_bytes_per_token=_activation_bytes(student, corpus, plans),
         similarity=_similarity(config, guide, corpus, plans) if guide else None,
         similarity_at_random=at_random,
+        num_held_out=len(sampler.held_out),
         known_positives=known_positives_lines(corpus),
         notes=[
             *(f"prompts of the {line}" for line in prompt_lines(config, student, guide)),

@@ -16,6 +16,7 @@ from gist_dist.common.text import duration, percent, plain, plural, text_table
 from gist_dist.report.page import render_report
 from gist_dist.report.plots import write_plots
 from gist_dist.report.run import Run, TaskRow, jsonable, read_run
+from gist_dist.report.scores import score_lines, summarize_scores
 from gist_dist.report.training import summarize_training
 from gist_dist.report.verdict import judge
 from gist_dist.report.warnings import find_warnings
@@ -76,7 +77,8 @@ def build_report(run_dir: Path) -> Summary:
     try:
         moved = [(r.task, r.before, r.after) for r in run.tasks if r.before is not None and r.after is not None]
         limit = run.section("optim").get("max_grad_norm")
-        plots = write_plots(run.folder / "plots", run.metrics, contents["training"]["seconds"], moved, limit)
+        scored = score_lines(contents["evaluations"])
+        plots = write_plots(run.folder / "plots", run.metrics, contents["training"]["seconds"], moved, limit, scored)
         page = render_report(run, contents, plots)
         numbers = json.dumps(contents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_text(run.folder / "report.json", numbers)
@@ -100,12 +102,17 @@ def build_report(run_dir: Path) -> Summary:
 def summarize(run: Run) -> dict[str, Any]:
     """The report in numbers: what report.json holds and report.html shows. JSON values only, no NaN."""
     verdict = judge(run.tasks, tuple(run.section("evaluate").get("tasks") or ()), run.failures)
-    training = summarize_training(run)
+    training, scores = summarize_training(run), summarize_scores(run)
+    if scores and not run.tasks:
+        verdict["headline"] = scores["sentence"]
+    elif scores:
+        verdict["details"].append({"about": "scores", "text": scores["sentence"]})
     return {
         "name": run.name,
         "verdict": verdict,
         "tasks": [asdict(row) for row in run.tasks],
         "training": training,
+        "evaluations": scores,
         "data": jsonable(run.data),
         "warnings": find_warnings(run, training, verdict),
         "failures": run.failures,

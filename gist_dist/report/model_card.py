@@ -12,6 +12,7 @@ from gist_dist.common.stock_model import NO_LIMIT
 from gist_dist.report import Run, judge, read_run
 from gist_dist.report.card_metadata import licence_of_folder, licence_on_hub, metadata_yaml, on_hub
 from gist_dist.report.run import read_json
+from gist_dist.report.scores import summarize_scores
 from gist_dist.report.shapes import KEPT_PROMPTS, MODULES, POOLING_SETTINGS, TOKENIZER_SETTINGS
 
 CITATION = """\
@@ -175,8 +176,6 @@ embeddings = torch.nn.functional.normalize({POOLING[model.pooling]}, dim=1)
 def _training(run: Run) -> str:
     config, sources = run.config, run.data.get("sources") or []
     loss, optim = run.section("loss"), run.section("optim")
-    steps = run.metrics[-1]["step"] if run.metrics else 0
-    planned = run.data.get("steps") or steps
     guide = run.section("guide")
     facts = {
         "Student": _name(config["student"]["model"]),
@@ -184,7 +183,7 @@ def _training(run: Run) -> str:
         "Temperature": loss.get("temperature"),
         "Margin": f"{loss.get('margin')} ({loss.get('margin_kind', 'absolute')})" if guide else None,
         "Global batch": f"{run.section('batch').get('global_size')} rows",
-        "Steps": f"{steps:,}" if steps >= planned else f"{steps:,} of {planned:,} (unfinished)",
+        "Steps": _steps(run),
         "Learning rate": f"{optim.get('learning_rate')}, {optim.get('schedule', 'linear')} schedule",
         "Seed": config.get("seed"),
     }
@@ -196,6 +195,16 @@ def _training(run: Run) -> str:
     recipe = yaml.safe_dump(_published_recipe(run), sort_keys=False, allow_unicode=True).replace("`", "'")
     parts.append(f"<details><summary>Recipe</summary>\n\n```yaml\n{recipe}```\n\n</details>")
     return "\n\n".join(parts)
+
+
+def _steps(run: Run) -> str:
+    """How many, and of which the model is, where scores have chosen it."""
+    steps, scores = run.metrics[-1]["step"] if run.metrics else 0, summarize_scores(run)
+    planned = run.data.get("steps") or steps
+    if scores and scores["best"] is not None:
+        early = ", ended early" if scores["stopped_early"] else ""
+        return f"{scores['best']:,}, the best by {scores['by']} of {scores['last']:,} of {planned:,}{early}"
+    return f"{steps:,}" if steps >= planned else f"{steps:,} of {planned:,} (unfinished)"
 
 
 def _source_row(run: Run, source: dict[str, Any]) -> list[str]:

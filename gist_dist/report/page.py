@@ -9,7 +9,7 @@ from gist_dist.common.text import FILTERS, duration
 from gist_dist.report.plots import BLOCKS, Plot
 from gist_dist.report.run import Run
 
-SECTIONS = ("training", "masking", "speed")
+SECTIONS = ("scores", "training", "masking", "speed")
 """Of the page, with charts."""
 ROLES = {
     "ap": ("Another row’s positive", "anchor"),

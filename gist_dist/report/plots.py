@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -71,6 +71,8 @@ class Curves:
     """Not drawn where every value is the same."""
     in_steps: bool = False
     """Drawn as what it is until it changes."""
+    marks: bool = False
+    """Every value has a mark: there are few."""
 
 
 CURVES = (
@@ -120,6 +122,8 @@ CURVES = (
     Curves("peak_memory", "Peak memory of a worker, GB", "speed", {"peak_memory_bytes": "GB"}, scale=1e-9),
     Curves("workers", "Workers", "speed", {"world_size": "workers"}, if_it_changes=True, in_steps=True),
 )
+SCORES = Curves("scores", "Scores while it trained, points", "scores", {}, from_zero=False, marks=True)
+HELD_OUT_LOSS = Curves("held_out_loss", "Loss of the held-out rows", "scores", {"loss": "loss"}, marks=True)
 OVERLAID = {"masked_fraction": "Masked candidates, %", "positive_similarity": "Cosine of anchor and positive (student)"}
 """Titles for several runs, where they are other than for one."""
 
@@ -138,16 +142,20 @@ def write_plots(
     seconds: dict[str, float],
     tasks: list[tuple[str, float, float]],
     max_grad_norm: float | None,
+    scores: tuple[list[dict[str, Any]], dict[str, str]] = ([], {}),
 ) -> list[Plot]:
     """Write folder/NAME.png of what there is to draw; a plot that has nothing to show any more is removed.
 
-    seconds: by phase, "other" included, and their whole under "step"; tasks: (name, before, after) in points.
+    seconds: by phase, "other" included, and their whole under "step"; tasks: (name, before, after) in points; scores:
+    while it trained, a dict a step, and the labels of its keys.
     """
     import matplotlib
 
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
         drawn = [(spec.name, spec.title, spec.section, _curves_of_run(spec, metrics, max_grad_norm)) for spec in CURVES]
+        for spec in (replace(SCORES, lines=scores[1]), HELD_OUT_LOSS):
+            drawn.append((spec.name, spec.title, spec.section, _curves_of_run(spec, scores[0], None)))
         drawn.append(("phases", "Share of the step, %", "speed", _draw_phases(seconds)))
         drawn.append(("tasks", "MTEB main score: before (open), after (filled)", "tasks", _draw_tasks(tasks)))
         plots = []
@@ -213,7 +221,7 @@ def _draw_lines(spec: Curves, lines: list[Line], xlabel: str) -> Any:
         smoothed = _running_mean(line.ys) if spec.smooth else line.ys
         if smoothed is not line.ys:
             axes.plot(line.xs, line.ys, color=line.color, linewidth=0.6, alpha=0.35 if len(lines) == 1 else 0.2)
-        marker, drawn = "o" if len(line.xs) < 3 else None, "steps-post" if spec.in_steps else "default"
+        marker, drawn = "o" if len(line.xs) < 3 or spec.marks else None, "steps-post" if spec.in_steps else "default"
         axes.plot(
             line.xs, smoothed, color=line.color, linewidth=1.4, label=line.label, marker=marker, markersize=3,
             drawstyle=drawn,

@@ -12,6 +12,7 @@ from gist_dist.common.redact import redact, redact_text
 from gist_dist.common.untrusted import check_plain, load_plain_json, problem
 from gist_dist.evaluation.evaluate import Score, read_results
 from gist_dist.report.shapes import DATA, EXAMPLES, FAILURES, RECIPE, STEP
+from gist_dist.runs.evaluations import Evaluation, read_evaluations
 from gist_dist.runs.metrics_file import METRICS, parse_lines
 
 
@@ -48,6 +49,9 @@ class Run:
     logged: list[str] = field(default_factory=list)
     """What rank 0 said of checkpoints that were damaged or could not be written: each once, the last few."""
 
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """While it trained, by step."""
+
     @property
     def name(self) -> str:
         return str(self.config.get("name") or self.folder.name)
@@ -83,6 +87,7 @@ def read_run(run_dir: Path) -> Run:
         tasks=_task_rows(scores),
         failures=_read_failures(folder / "mteb" / "failures.json"),
         masked_examples=read_json(folder / "masked_examples.json", EXAMPLES),
+        evaluations=read_evaluations(folder),
         logged=problems(folder / "logs" / EVENTS, CHECKPOINT_PROBLEM)[-5:],
     )
 

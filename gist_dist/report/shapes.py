@@ -41,6 +41,9 @@ class OptimSection(Shape):
 
 class EvaluateSection(Shape):
     tasks: list[str] | None = None
+    keep_best: str | None = None
+    stop_after: Count = None
+    least_gain: Count = None
 
 
 class HubSection(Shape):

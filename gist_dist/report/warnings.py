@@ -5,6 +5,7 @@ from typing import Any
 
 from gist_dist.common.text import listed, one_line, percent, plural
 from gist_dist.report.run import Run
+from gist_dist.report.scores import summarize_scores
 
 LITTLE_WEIGHT, MUCH_WEIGHT = 0.005, 0.9
 """Shares of the negatives' softmax weight; facts and figures: docs/methodology.md, What the mask is worth."""
@@ -18,7 +19,8 @@ def find_warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -
 def _warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> Iterable[tuple[str, str]]:
     steps, planned = training["steps"], training["planned_steps"]
     first, last = training["loss_first"], training["loss_last"]
-    if planned and steps < planned:
+    ended_early = (summarize_scores(run) or {}).get("stopped_early")
+    if planned and steps < planned and not ended_early:
         yield "unfinished", f"Training stopped at step {steps} of {planned}; the report covers those steps."
     if bad := training["non_finite_steps"]:
         at, end = f"The loss or its gradient was not finite at {plural(len(bad), 'step')} ({listed(bad)})", "."
@@ -50,6 +52,9 @@ def _warnings(run: Run, training: dict[str, Any], verdict: dict[str, Any]) -> It
         if rows and (rows - used) / rows > 0.05:
             share = percent((rows - used) / rows)
             yield "rows_dropped", f"{share} of the rows of {source.get('name')} were dropped as unusable."
+    for evaluation in run.evaluations:
+        for task, error in evaluation.failed.items():
+            yield "scores_failed", f"After step {evaluation.step}, {task} failed: {one_line(str(error))}"
     for label, errors in run.failures.items():
         for task, error in errors.items():
             yield "task_failed", f"MTEB task {task} failed ({label}): {one_line(str(error))}"

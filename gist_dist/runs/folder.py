@@ -53,8 +53,9 @@ class RunFolder:
         environment = describe_environment() | {"started": previous.get("started") or _now(), "finished": None}
         self._write_config(environment)
 
-    def mark_trained(self) -> None:
-        self._write_state("trained")
+    def mark_trained(self, last: int) -> None:
+        """last: the step after which training ended."""
+        write_text(self.folder / "state.json", json.dumps({"state": "trained", "step": last}))
 
     def mark_finished(self) -> None:
         environment = self._environment()
@@ -106,9 +107,6 @@ class RunFolder:
         tree = redact(self.config.model_dump(mode="json")) | {"environment": environment}
         text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         write_text(self.folder / "config.yaml", text)
-
-    def _write_state(self, state: str) -> None:
-        write_text(self.folder / "state.json", json.dumps({"state": state}))
 
 
 def _computed(recipe: RunConfig) -> dict[str, Any]:

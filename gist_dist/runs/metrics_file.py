@@ -1,4 +1,7 @@
-"""metrics.jsonl: a line of JSON a step. One writes it, rank 0; many read it, also while it is written."""
+"""metrics.jsonl: a line of JSON a step, and one for each evaluation while it trains: {"step": …, "evaluation": …}.
+
+One writes it, rank 0; many read it, also while it is written.
+"""
 
 import json
 import logging
@@ -22,6 +25,10 @@ LAST_BYTES = 65536
 """Of the file, which hold its last line for sure."""
 
 
+EVALUATION = "evaluation"
+"""The key of a line that tells of no training step but of its scores."""
+
+
 def parse_line(text: str | bytes) -> dict[str, Any] | None:
     """None for a line that a kill has torn, or that is of no step."""
     try:
@@ -32,13 +39,30 @@ def parse_line(text: str | bytes) -> dict[str, Any] | None:
 
 
 def parse_lines(text: str) -> Iterator[dict[str, Any] | None]:
-    return map(parse_line, text.splitlines())
+    """Of the steps; what tells of their scores is left out."""
+    return (line for line in map(parse_line, text.splitlines()) if not (line and EVALUATION in line))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a line torn by a kill is left out."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    return [line for line in parse_lines(text) if line]
+    """All complete lines of steps; a line torn by a kill is left out."""
+    return [line for line in parse_lines(_read(path)) if line]
+
+
+def evaluation_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines that tell of scores while the run trains."""
+    return [line for line in map(parse_line, _read(path).splitlines()) if line and EVALUATION in line]
+
+
+def add_evaluations(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Those that are not there yet, once nobody else writes the file."""
+    known = {line["step"] for line in evaluation_lines(path)}
+    missing = "".join(_as_text(line) for line in lines if line["step"] not in known)
+    if missing:
+        write_text(path, _read(path) + missing)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def last_step(run_dir: Path) -> int:
@@ -49,7 +73,8 @@ def last_step(run_dir: Path) -> int:
             lines = file.read().splitlines()
     except OSError:
         return 0
-    return next((line["step"] for text in reversed(lines) if (line := parse_line(text))), 0)
+    parsed = (parse_line(text) for text in reversed(lines))
+    return next((line["step"] for line in parsed if line and EVALUATION not in line), 0)
 
 
 class Tail:
@@ -69,7 +94,7 @@ class Tail:
                 file.seek(self.position)
                 while (line := file.readline()).endswith(b"\n"):
                     self.position = file.tell()
-                    if row := parse_line(line):
+                    if (row := parse_line(line)) and EVALUATION not in row:
                         self._add(row)
         except OSError:  # not there yet, or a file server that is away for a moment
             pass
@@ -82,13 +107,14 @@ class Tail:
 
 
 class MetricsFile:
-    """Appends lines; a resumed run first drops those of the steps that it will do again.
+    """Appends lines; a resumed run first drops those of the steps that it will do again, but not their scores.
 
     A disk that is full for a while costs no line: what can't be written is kept and written with the next one.
     """
 
     def __init__(self, path: Path, resume_after: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= resume_after]
+        lines = [line for line in map(parse_line, _read(path).splitlines()) if line]
+        kept = [line for line in lines if EVALUATION in line or line["step"] <= resume_after]
         text = "".join(_as_text(line) for line in kept)
         write_text(path, text)
         self.path = path

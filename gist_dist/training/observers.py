@@ -1,16 +1,21 @@
 """What follows a run from outside: metrics.jsonl, a line in the log every few seconds, the trackers. Rank 0's."""
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.progress import Progress, progress_of
 from gist_dist.config import RunConfig
-from gist_dist.runs.metrics_file import METRICS, MetricsFile
+from gist_dist.runs.evaluations import read_evaluations
+from gist_dist.runs.metrics_file import METRICS, MetricsFile, evaluation_lines
 from gist_dist.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 2.0
+"""Between two looks for scores of earlier steps."""
 
 
 class Observers:
@@ -27,13 +32,27 @@ class Observers:
         self._progress = _StepProgress(num_steps, done)
         self._trackers = Trackers(config, done, must_open=done == 0)  # a week of training outlives a tracker's server
         self._other = other
+        self._run_dir, self._looked = config.run_dir, 0.0
+        self._told = {line["step"] for line in evaluation_lines(config.run_dir / METRICS)}
 
     def observe(self, line: dict[str, Any]) -> None:
+        self._tell_scores()
         self.metrics.write(line)
         self._progress.show(line)
         self._trackers.log(line, line["step"])
         if self._other:
             self._other(line)
+
+    def _tell_scores(self) -> None:
+        """Of steps that the driver has scored meanwhile."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        for evaluation in read_evaluations(self._run_dir):
+            if evaluation.step not in self._told:
+                self._told.add(evaluation.step)
+                self.metrics.write(evaluation.line())
+                self._trackers.log_evaluation(evaluation.line())
+        self._looked = time.monotonic()
 
     def close(self) -> None:
         """UserError for lines of metrics.jsonl that can't be written."""

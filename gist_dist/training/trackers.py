@@ -35,6 +35,9 @@ class Tracker(Protocol):
     def log(self, values: dict[str, float], step: int | None) -> None:
         """step None: of the run as a whole, such as a score of the finished model."""
 
+    def log_evaluation(self, values: dict[str, float], step: int) -> None:
+        """Scores of a step that others may have followed since."""
+
     def close(self) -> None: ...
 
 
@@ -48,6 +51,8 @@ class TensorBoard:
     def log(self, values: dict[str, float], step: int | None) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step or 0)
+
+    log_evaluation = log
 
     def close(self) -> None:
         self.writer.close()
@@ -78,6 +83,10 @@ class WeightsAndBiases:
             self.run.summary.update(values)
         else:
             self.run.log(values, step=step)  # a step that is there already is left as it is
+
+    def log_evaluation(self, values: dict[str, float], step: int) -> None:
+        self.run.define_metric("evaluation/*", step_metric="evaluation/step")
+        self.run.log(values | {"evaluation/step": step})
 
     def close(self) -> None:
         self.run.finish()
@@ -113,6 +122,8 @@ class MLflow:
 
         now = int(1000 * time.time())
         self.client.log_batch(self.run_id, metrics=[Metric(name, v, now, step or 0) for name, v in values.items()])
+
+    log_evaluation = log
 
     def close(self) -> None:
         self.client.set_terminated(self.run_id)
@@ -152,6 +163,13 @@ class Trackers:
         values = {name: float(value) for name, value in flat(line, "/") if name != "step" and _is_number(value)}
         self._each(lambda tracker: tracker.log(values, step))
 
+    def log_evaluation(self, line: dict[str, Any]) -> None:
+        """Scores of an earlier step, as evaluation/scores/STSBenchmark over evaluation/step: Weights & Biases takes no
+        values of a step that is past, so that the step is a value too."""
+        step = line["step"]
+        values = {name: float(value) for name, value in flat(line, "/") if name != "step" and _is_number(value)}
+        self._each(lambda tracker: tracker.log_evaluation(values, step))
+
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
         self.open = {}
@@ -170,6 +188,15 @@ def track_scores(config: RunConfig, scores: dict[str, dict[str, float]]) -> None
     if any(scores.values()):
         trackers = Trackers(config, must_open=False)
         trackers.log({"mteb": scores}, None)
+        trackers.close()
+
+
+def track_evaluations(config: RunConfig, lines: list[dict[str, Any]]) -> None:
+    """Scores of steps of which the workers have not told."""
+    if lines:
+        trackers = Trackers(config, must_open=False)
+        for line in lines:
+            trackers.log_evaluation(line)
         trackers.close()
 
 

@@ -27,6 +27,7 @@ from gist_dist.training.observers import Observers
 from gist_dist.training.planned import Schedule, planned_steps
 from gist_dist.training.profiling import StepProfiler
 from gist_dist.training.run_state import RunState
+from gist_dist.training.snapshots import Snapshots, evaluation_steps
 from gist_dist.training.train_state import RunTrainState
 from gist_dist.training.watchdog import Watchdog
 from gist_dist.training.worker_speeds import WorkerSpeeds
@@ -45,14 +46,16 @@ def train(
     world: World,
     requests: Callable[[], str | None] = lambda: None,
     observe: Callable[[dict[str, Any]], None] | None = None,
+    is_scored: Callable[[int], bool] | None = None,
 ) -> str:
     """Train to the last step, from the newest intact checkpoint if there is one, and write run_dir/model.
 
     guide: the model, or in mode cache what it has computed. requests: asked on every worker at every step; "checkpoint"
     has one written now, once as long as it is wanted; "stop" ends the run after the step. observe: on rank 0, given
-    each line of metrics.jsonl. Gives "finished", or "stopped" where a checkpoint and no model was written. Checkpoints
-    are our own and not reported to Ray: a report waits for the controller, and Ray's retry only has to call this
-    function again. Raises UserError, on every worker, for a run that can't go on.
+    each line of metrics.jsonl. is_scored: asked on rank 0 where training waits until a step is scored. Gives
+    "finished", or "stopped" where a checkpoint and no model was written. Checkpoints are our own and not reported to
+    Ray: a report waits for the controller, and Ray's retry only has to call this function again. Raises UserError, on
+    every worker, for a run that can't go on.
     """
     for source in config.data.sources:
         student.prompts_with(source.prompts.student)  # where it pools without them, it knows them by now
@@ -66,11 +69,14 @@ def train(
         state = RunState(train_state, guidance, mining)
         ends.callback(state.close)
         done = state.resume()
+        scored = evaluation_steps(config, sampler.num_steps, sampler.steps_per_epoch)
+        snapshots = Snapshots(train_state, scored, is_scored)
         observers = on_rank_0(lambda: Observers(config, sampler.num_steps, done, observe), world)
         if observers and state.writer:  # on rank 0
             ends.callback(observers.close)
             state.writer.before_commit = observers.metrics.sync
-        last = _train_steps(train_state, guidance, mining, sampler, state, observers, requests, done)
+        snapshots.keep_if_due(done)  # of 0; and of the step that a run goes on after, if it was ended before
+        last = _train_steps(train_state, guidance, mining, sampler, state, snapshots, observers, requests, done)
         _keep_result(train_state, state, last, sampler.num_steps)
         on_rank_0(lambda: observers.close() if observers else None, world)
         return "finished" if last == sampler.num_steps else "stopped"
@@ -82,6 +88,7 @@ def _train_steps(
     mining: MiningSchedule,
     sampler: Sampler,
     state: RunState,
+    snapshots: Snapshots,
     observers: Observers | None,
     requests: Callable[[], str | None],
     done: int,
@@ -116,6 +123,7 @@ def _train_steps(
             _renew(schedules, step)  # before the checkpoint, which stores what the next step is made with
             request = REQUESTS[int(largest["request"])]
             state.save_if_due(step, request)
+            snapshots.keep_if_due(step)
             if request == "stop":
                 return step
     return num_steps

@@ -87,7 +87,7 @@ def _load_tasks(config: RunConfig) -> None:
     from gist_dist.common.hub import go_offline_if_unreachable
     from gist_dist.evaluation.tasks import check_tasks, load_task
 
-    check_tasks(config.evaluate)
+    check_tasks(config.evaluate, config.watched)
     if go_offline_if_unreachable():
         for task in config.evaluate.tasks:
             try:

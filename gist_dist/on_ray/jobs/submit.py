@@ -114,7 +114,7 @@ def _check_here(config: RunConfig) -> list[LocalSource]:
     local = local_sources(config)
     choose_sent(config, [source for source in local if not source.is_absolute], _as_if_all_there(config))
     if not config.evaluate.local_tasks or Path(config.evaluate.local_tasks).is_dir():
-        check_tasks(config.evaluate)
+        check_tasks(config.evaluate, config.watched)
     return local
 
 

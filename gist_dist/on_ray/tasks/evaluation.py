@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 OnResult = Callable[[str, str, Score | str, int, int], None]
 MAX_ATTEMPTS = 3
 """At a task whose process is lost."""
+STREAMING: dict[str, Any] = {"max_retries": 0, "num_returns": "streaming"}
+"""Attempts are counted here, not by Ray, so that each has its own time."""
 LOST: dict[type[BaseException], str] = {
     OutOfMemoryError: "its process was ended because its node ran out of memory",
     NodeDiedError: "its node was lost",
@@ -199,35 +201,39 @@ def _outcomes(
     jobs: list[Job], models: dict[str, Model], evaluate: EvaluateConfig, cluster: ClusterConfig, folder: Path
 ) -> Generator[tuple[Job, Score | str], None, None]:
     """Each job with its score or why it failed, as they end. Whatever still runs when the caller stops is killed."""
-    # Attempts are counted here, not by Ray, so that each has its own time.
-    options: dict[str, Any] = {"max_retries": 0, "num_returns": "streaming", **_resources(cluster)}
-    remote = ray.remote(**options)(_evaluate)
+    options: dict[str, Any] = STREAMING | resources_of_a_task(cluster)
+    remote = ray.remote(**options)(evaluate_on_ray)
 
     def start(job: Job) -> Any:
         return remote.remote(models[job.label], job.task, evaluate, folder / job.label)
 
     with Pool(start, jobs) as pool:
-        for job, outcome in pool.outcomes():
-            if isinstance(outcome, Answer) and isinstance(outcome.value, Started):
-                logger.debug("%s %s runs in process %d on %s", *job, *outcome.value)
-                if evaluate.task_timeout_minutes:
-                    pool.limit(job, 60 * evaluate.task_timeout_minutes)
-            elif isinstance(outcome, Answer):
-                pool.finish(job)
-                yield job, outcome.value
-            elif isinstance(outcome, Late):
-                minutes = f"evaluate.task_timeout_minutes = {evaluate.task_timeout_minutes:g}"
-                yield job, f"it was not done after {minutes} and was ended; raise it or set null"
-            elif isinstance(outcome, Failed):
-                yield job, _told(outcome.cause)
-            elif (reason := _reason(outcome.error)) is None:
-                yield job, _told(outcome.error)
-            elif outcome.times < MAX_ATTEMPTS:
-                logger.warning("%s %s: %s; it is started again", *job, reason)
-                pool.again(job)
-            else:
-                remedy = f"if memory ran out, lower evaluate.batch_size = {evaluate.batch_size}"
-                yield job, f"{reason}, {MAX_ATTEMPTS} times in a row; {remedy}"
+        yield from outcomes(pool, evaluate)
+
+
+def outcomes(pool: "Pool[Job]", evaluate: EvaluateConfig) -> Generator[tuple[Job, Any], None, None]:
+    """Each job with what its task has found or why it failed, as they end; a lost one is started again."""
+    for job, outcome in pool.outcomes():
+        if isinstance(outcome, Answer) and isinstance(outcome.value, Started):
+            logger.debug("%s %s runs in process %d on %s", *job, *outcome.value)
+            if evaluate.task_timeout_minutes:
+                pool.limit(job, 60 * evaluate.task_timeout_minutes)
+        elif isinstance(outcome, Answer):
+            pool.finish(job)
+            yield job, outcome.value
+        elif isinstance(outcome, Late):
+            minutes = f"evaluate.task_timeout_minutes = {evaluate.task_timeout_minutes:g}"
+            yield job, f"it was not done after {minutes} and was ended; raise it or set null"
+        elif isinstance(outcome, Failed):
+            yield job, _told(outcome.cause)
+        elif (reason := _reason(outcome.error)) is None:
+            yield job, _told(outcome.error)
+        elif outcome.times < MAX_ATTEMPTS:
+            logger.warning("%s %s: %s; it is started again", *job, reason)
+            pool.again(job)
+        else:
+            remedy = f"if memory ran out, lower evaluate.batch_size = {evaluate.batch_size}"
+            yield job, f"{reason}, {MAX_ATTEMPTS} times in a row; {remedy}"
 
 
 def _reason(error: RayError) -> str | None:
@@ -239,7 +245,7 @@ def _told(error: Exception) -> str:
     return one_line(redact_text(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"))
 
 
-def _resources(cluster: ClusterConfig) -> dict[str, float]:
+def resources_of_a_task(cluster: ClusterConfig) -> dict[str, float]:
     """What a task reserves: a training worker's share, or all of the largest node where none has as many cores."""
     cpus, total = cluster.cpus_per_worker or 1, ray.cluster_resources()
     largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
@@ -248,7 +254,7 @@ def _resources(cluster: ClusterConfig) -> dict[str, float]:
 
 
 @no_type_check  # checked, it would be wrapped under pytest, and Ray streams from plain generator functions only
-def _evaluate(model: Model, task: str, evaluate: EvaluateConfig, folder: Path) -> Iterator[Started | Score]:
+def evaluate_on_ray(model: Model, task: str, evaluate: EvaluateConfig, folder: Path) -> Iterator[Started | Score]:
     # Ray ends a worker process after a task that held a GPU and uses it again after one that held none, which
     # saves the imports.
     yield Started(os.getpid(), ray.util.get_node_ip_address())

@@ -19,6 +19,8 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.text import one_line
 
 P = TypeVar("P", bound=Hashable)
+ASK_SECONDS = 1.0
+"""Between two questions whether the outcomes are still wanted."""
 cancel: Callable[[Any], None] = partial(ray.cancel, force=True)
 """A process that is only interrupted may hold locks when its next task comes."""
 
@@ -59,9 +61,11 @@ class Pool(Generic[P]):
         pieces: Iterable[P],
         max_running: int | None = None,
         end: Callable[[Any], None] = cancel,
+        is_unwanted: Callable[[], bool] | None = None,
     ) -> None:
-        """start: gives a piece to Ray, and returns its reference, or its generator of references. end: undoes it."""
-        self.start, self.end = start, end
+        """start: gives a piece to Ray, and returns its reference, or its generator of references. end: undoes it.
+        is_unwanted: asked about every second; once it is true, no more outcomes come."""
+        self.start, self.end, self.is_unwanted = start, end, is_unwanted
         self.max_running = max_running or math.inf
         self.waiting = deque(pieces)
         self.running: dict[Any, P] = {}
@@ -89,8 +93,8 @@ class Pool(Generic[P]):
         self._forget(next(reference for reference, running in self.running.items() if running == piece))
 
     def outcomes(self) -> Iterator[tuple[P, Outcome]]:
-        """What comes of the pieces, as it comes, until all are done."""
-        while self.waiting or self.running:
+        """What comes of the pieces, as it comes, until all are done or unwanted."""
+        while (self.waiting or self.running) and not (self.is_unwanted and self.is_unwanted()):
             while self.waiting and len(self.running) < self.max_running:
                 piece = self.waiting.popleft()
                 self.running[self.start(piece)] = piece
@@ -115,8 +119,10 @@ class Pool(Generic[P]):
                 yield self._forget(reference), Late()
 
     def _ready(self) -> list[Any]:
-        """At least one that has something to say, unless a deadline comes first."""
+        """At least one that has something to say, unless a deadline comes first, or the question whether to go on."""
         first = min(self.deadlines.get(piece, math.inf) for piece in self.running.values())
+        if self.is_unwanted:
+            first = min(first, time.monotonic() + ASK_SECONDS)
         timeout = None if math.isinf(first) else max(0.0, first - time.monotonic())
         return ray.wait(list(self.running), num_returns=1, timeout=timeout, fetch_local=False)[0]
 

@@ -40,10 +40,11 @@ def fit(
     resources: dict[str, float],
     requests: StopRequests,
     check: Callable[[], None] = lambda: None,
+    waits_for_scores: bool = False,
 ) -> str:
     """Train on Ray's workers: "finished", or "stopped" with a checkpoint where requests or a STOP file asked for it.
 
-    check() is called several times a second and may raise.
+    check() is called several times a second and may raise. waits_for_scores: see WorkerTask.
     Raises UserError; KeyboardInterrupt when the user insists, or has asked to stop and the cluster is gone.
     """
     run_dir, cluster = config.run_dir, config.cluster
@@ -55,7 +56,9 @@ def fit(
     told = bounds, plural(cluster.max_workers, "worker")
     logger.info("starting %s%s on Ray", *told, extra=phase(TRAINING))
     watch = ClusterWatch(cluster, cpus, gpus)
-    training = _Thread(lambda: _trainer(config, inputs, cpus, gpus).fit())  # the constructor asks the head as well
+    training = _Thread(
+        lambda: _trainer(config, inputs, cpus, gpus, waits_for_scores).fit()
+    )  # the constructor asks the head as well
     try:
         with _following(logs / EVENTS, logs / CONTROLLER_EVENTS), watch:
             training.start()
@@ -93,7 +96,7 @@ def _attend(
             logger.info("%s: stopping after this step, with a checkpoint%s", requests.requested, again)
 
 
-def _trainer(config: RunConfig, inputs: RunInputs, cpus: float, gpus: float) -> Any:
+def _trainer(config: RunConfig, inputs: RunInputs, cpus: float, gpus: float, waits_for_scores: bool) -> Any:
     import ray.train
 
     from gist_dist.on_ray.cluster.network import NodeTorchConfig
@@ -102,11 +105,10 @@ def _trainer(config: RunConfig, inputs: RunInputs, cpus: float, gpus: float) -> 
     cluster, run_dir = config.cluster, config.run_dir
     trainer_class, callbacks = _with_our_policies(config, is_local=address_of(cluster) is None)
     is_elastic = cluster.min_workers < cluster.max_workers
+    task = WorkerTask(config.model_dump(mode="json"), inputs, gpus > 0, max(1, int(cpus)), waits_for_scores)
     return trainer_class(
         train_worker,
-        train_loop_config={
-            "task": WorkerTask(config.model_dump(mode="json"), inputs, use_gpu=gpus > 0, threads=max(1, int(cpus)))
-        },
+        train_loop_config={"task": task},
         torch_config=NodeTorchConfig(
             backend="nccl" if gpus > 0 else "gloo", timeout_s=int(max(GROUP_TIMEOUT_S, cluster.hang_timeout_s))
         ),

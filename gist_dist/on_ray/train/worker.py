@@ -12,14 +12,19 @@ from gist_dist.common.errors import phase_of
 from gist_dist.common.events import EVENTS, EventFormatter
 from gist_dist.common.redact import Redacting
 from gist_dist.common.text import plural
+from gist_dist.config import RunConfig
 from gist_dist.models.cpu_memory import keep_freed_memory
 from gist_dist.on_ray.train.failures import OutOfMemory, memory_sentence, out_of_memory
 from gist_dist.on_ray.train.messages import READY, RESIZE, STOP, post, posted
 from gist_dist.on_ray.train.prometheus import OperatorMetrics
+from gist_dist.runs.evaluations import is_done
 from gist_dist.runs.lock import other_holder
 
 if TYPE_CHECKING:
     import torch
+
+    from gist_dist.models.encoder import Guide
+    from gist_dist.models.guide_cache import GuideCache
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +60,8 @@ class WorkerTask:
     use_gpu: bool
     threads: int
     """Of its computation on a CPU."""
+    waits_for_scores: bool = False
+    """Whether evaluation while it trains has the resources of the workers, which wait for it."""
     resize_patience_s: float = 600.0
 
 
@@ -68,8 +75,7 @@ def train_worker(payload: dict[str, WorkerTask]) -> str:
     from gist_dist.data.corpus import open_corpus
     from gist_dist.data.kept_arrays import digest_of, read_array
     from gist_dist.data.mining import MINED
-    from gist_dist.models.encoder import Guide, Student
-    from gist_dist.models.guide_cache import GuideCache
+    from gist_dist.models.encoder import Student
     from gist_dist.recipe import parse_config
     from gist_dist.training.trainer import train
 
@@ -82,20 +88,15 @@ def train_worker(payload: dict[str, WorkerTask]) -> str:
     observe = OperatorMetrics(config.name) if world.rank == 0 else None
     try:
         student = Student(config.student, device)
-        guide: Guide | GuideCache | None = None
-        if inputs.guide_fingerprint:
-            guide = GuideCache(
-                config.guide_cache_dir, inputs.guide_fingerprint, inputs.guide_width, config.data.local_copy
-            )
-        elif config.has_guide_model:
-            guide = Guide(config.guide_or_student, device)
+        guide = open_guide(config, inputs, device)
         corpus = open_corpus(config, inputs.corpus)
         if inputs.clusters:
             corpus.clusters = read_clusters(config, inputs.clusters)
         if inputs.mined:
             corpus.adopt(read_array(config, MINED, inputs.mined))
             corpus.mined_digest = digest_of(inputs.mined)
-        outcome = train(config, corpus, student, guide, world, requests, observe)
+        is_scored = requests.is_scored if task.waits_for_scores else None
+        outcome = train(config, corpus, student, guide, world, requests, observe, is_scored)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -107,6 +108,17 @@ def train_worker(payload: dict[str, WorkerTask]) -> str:
         time.sleep(task.resize_patience_s)
         raise RuntimeError("the workers were to be resized and were not")
     return outcome
+
+
+def open_guide(config: RunConfig, inputs: RunInputs, device: "torch.device | str") -> "Guide | GuideCache | None":
+    """What identifies false negatives in training: the model, or its cached embeddings."""
+    from gist_dist.models.encoder import Guide
+    from gist_dist.models.guide_cache import GuideCache
+
+    if inputs.guide_fingerprint:
+        place, copy = config.guide_cache_dir, config.data.local_copy
+        return GuideCache(place, inputs.guide_fingerprint, inputs.guide_width, copy)
+    return Guide(config.guide_or_student, device) if config.has_guide_model else None
 
 
 class Requests:
@@ -130,14 +142,22 @@ class Requests:
         if now - self.looked < LOOK_SECONDS:
             return None
         self.looked = now
-        if self.rank == 0 and self.lock and (other := other_holder(self.run_dir, self.lock)):
-            logger.error("the run was taken over by %s: this worker ends", other)
-            os._exit(1)  # nothing more is written, and the other ranks end with it
+        self._end_if_taken_over()
         messages = posted(self.run_dir) if self.rank == 0 else set()
         if messages & {STOP, RESIZE}:
             self.is_resized = STOP not in messages
             return "stop"
         return "checkpoint" if self._is_announced() else None
+
+    def is_scored(self, step: int) -> bool:
+        """Whether training may go on after a step that is to be scored: it is, or something else is asked for."""
+        self._end_if_taken_over()
+        return is_done(self.run_dir, step) or bool(posted(self.run_dir) & {STOP, RESIZE})
+
+    def _end_if_taken_over(self) -> None:
+        if self.rank == 0 and self.lock and (other := other_holder(self.run_dir, self.lock)):
+            logger.error("the run was taken over by %s: this worker ends", other)
+            os._exit(1)  # nothing more is written, and the other ranks end with it
 
     def _is_announced(self) -> bool:
         """Once when a node's end is announced, and once more shortly before it."""
