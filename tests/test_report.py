@@ -163,6 +163,7 @@ def test_complete_run_leaves_page_numbers_and_plots(complete):
         "verdict",
         "tasks",
         "training",
+        "evaluations",
         "data",
         "warnings",
         "failures",
