@@ -253,10 +253,11 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.gpus is not None:
         check_gpus(arguments.gpus, arguments.gpu_kind)
     from gist_dist.live import live_view
+    from gist_dist.models.precision import settled
     from gist_dist.on_ray.driver import prepare
     from gist_dist.planning.preview import preview
 
-    config = config.absolute_paths()
+    config = settled(config.absolute_paths())
     with live_view(config.name):
         planned = preview(config, *prepare(config))
     _say(planned.lines())
@@ -272,10 +273,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     check_inspect(config, arguments.rows)
     from gist_dist.live import live_view
+    from gist_dist.models.precision import settled
     from gist_dist.on_ray.driver import prepare
     from gist_dist.report.inspection import write_inspection
 
     with live_view(config.name):
+        config = settled(config)
         inspected = inspect(config, *prepare(config, clustered=False), arguments.rows)
     page = arguments.out or Path(config.output_dir) / f"inspect-{config.name}.html"
     _say([*inspected.lines(), *write_inspection(inspected.contents, page)])

@@ -75,6 +75,9 @@ DataPath = Annotated[PathText, Place.DATA]
 NodePath = Annotated[PathText, Place.NODE]
 
 
+Precision = Literal["auto", "fp32", "bf16"]
+
+
 class RolePrompts(Section):
     """Text put before every text of a role; part of what is encoded."""
 
@@ -98,9 +101,10 @@ class StudentConfig(Section):
     """Texts are cut to this many tokens, special ones included; null keeps the model's own limit."""
     prompts: RolePrompts = RolePrompts()
     """Prompt per role, in place of the model's own; a source can override it."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of the encoder's matrix products (autocast); weights, embeddings and the loss are fp32, whatever the checkpoint
-    is stored in."""
+    is stored in. auto: bf16 where the machine that starts the run has units for it, else fp32; a run that goes on keeps
+    what it began with."""
     save_dtype: Literal["fp32", "checkpoint", "bf16", "fp16"] = "fp32"
     """Of the saved weights. fp32 keeps what training did; checkpoint is what the student came in; the narrow ones halve
     the file and round: small steps may be rounded away."""
@@ -133,8 +137,8 @@ class GuideConfig(Section):
     """Texts are cut to this many tokens of the guide's own tokenizer; null keeps the model's own limit."""
     prompts: RolePrompts = RolePrompts()
     """Prompt per role, in place of the model's own; a source can override it."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the guide's weights and matrix products; its embeddings leave it as fp32."""
+    precision: Precision = "fp32"
+    """Of the guide's weights and matrix products; its embeddings leave it as fp32. auto: as student.precision."""
     mode: Literal["online", "cache", "self"] = "online"
     """online: the guide encodes every batch's texts within the step. cache: it encodes every text of the corpus once,
     before training, and steps read that. self: the student's own embeddings of the step serve as the guide's."""

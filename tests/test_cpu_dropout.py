@@ -118,13 +118,47 @@ def test_each_number_is_dropped_on_its_own_with_the_given_probability(p):
     assert torch.equal(dropped == 0, cpu_dropout._kept(torch.Size((1000, 1001)), p).flatten())
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "fp32 under autocast"])
+def test_bf16_loses_little_more_than_the_formula_step_by_step_in_bf16(monkeypatch, autocast):
+    """Against fp64: output and gradients of attention with dropout and a mask, in several pieces."""
+    torch.manual_seed(2)
+    shape, p = (6, 4, 24, 16), 0.2
+    *inputs, direction = (torch.randn(shape).bfloat16().double() for _ in range(4))
+    real = (torch.arange(shape[2]) < torch.tensor([24, 20, 16, 9, 2, 1])[:, None])[:, None, None, :]
+    real = real.expand(-1, 1, shape[2], -1)
+    kept = torch.rand(*shape[:3], shape[2]) >= p
+    pieces = iter(kept.split(2))
+    monkeypatch.setattr(cpu_dropout, "SCORES_AT_ONCE", 2 * 4 * 24 * 24)
+    monkeypatch.setattr(cpu_dropout, "_kept", lambda shape, p: next(pieces))
+
+    def by_formula(query, key, value):
+        scores = (query @ key.transpose(-1, -2)) / math.sqrt(shape[3])
+        return (torch.softmax(scores.masked_fill(~real, -torch.inf), dim=-1) * kept / (1 - p)) @ value
+
+    def fast(*tensors):
+        with FastDropout(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return F.scaled_dot_product_attention(*tensors, attn_mask=real, dropout_p=p)
+
+    def outcome(attention, dtype):
+        tensors = [tensor.to(dtype, copy=True).requires_grad_() for tensor in inputs]
+        output = attention(*tensors)
+        output.backward(direction.to(output.dtype))
+        return [output.detach(), *(tensor.grad for tensor in tensors)]
+
+    exact, naive = outcome(by_formula, torch.float64), outcome(by_formula, torch.bfloat16)
+    ours = outcome(fast, torch.float32 if autocast else torch.bfloat16)
+    assert ours[0].dtype == torch.bfloat16
+    for true, mine, theirs in zip(exact, ours, naive, strict=True):
+        assert (mine - true).norm() < 1.3 * (theirs - true).norm() < 0.02 * true.norm()
+
+
 def test_the_rest_is_left_to_torch():
-    """Evaluation, low precision, causal attention: bit for bit what torch gives with the same seed."""
+    """Evaluation, half precision, causal attention: bit for bit what torch gives with the same seed."""
     single = torch.randn(2, 3, 5, 4)
     cases = [
         lambda: F.dropout(single, 0.5, training=False),
         lambda: F.dropout(single, 0.0),
-        lambda: F.dropout(single.bfloat16(), 0.5),
+        lambda: F.dropout(single.half(), 0.5),
         lambda: F.scaled_dot_product_attention(single, single, single),
         lambda: F.scaled_dot_product_attention(single, single, single, dropout_p=0.5, is_causal=True),
         lambda: F.scaled_dot_product_attention(single, single, single, torch.zeros(5, 5), dropout_p=0.5),

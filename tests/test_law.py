@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tiny import double, one_step, prepared, recipe, run_group, save_tiny_model,
 from torch.nn import functional as F
 
 from gist_dist.common.errors import UserError
+from gist_dist.config import StudentConfig
 from gist_dist.core.collectives import World
 from gist_dist.data.corpus import Corpus
 from gist_dist.models.encoder import Guide, Student
@@ -142,22 +144,41 @@ class Stage:
             jobs[precision] = (tree, str(self.corpora[SETTINGS[4][0], True]), 1)
         return self._run(world_size, "rounded", jobs)
 
-    def _run(self, world_size: int, name: str, jobs: dict[Any, tuple]) -> dict[Any, list[dict[str, Any]]]:
+    def bf16_outcomes(self, world_size: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """By precision of student and guide, whose weights are fp32, and by machinery; with dropout in the first."""
+        jobs = {}
+        for precision in ("fp32", "bf16"):
+            for machinery, batch in MACHINERY.items():
+                models = {"precision": precision} | {"dropout": 0.2 * (machinery == "small pieces")}
+                tree = self.tree(SETTINGS[4], batch=batch, student=models)
+                tree["guide"] |= {"precision": precision}
+                jobs[precision, machinery] = (tree, str(self.corpora[SETTINGS[4][0], True]), 1)
+        return self._run(world_size, "bf16", jobs, run_steps_in_fp32)
+
+    def _run(
+        self, world_size: int, name: str, jobs: dict[Any, tuple], function: Any = None
+    ) -> dict[Any, list[dict[str, Any]]]:
         if (world_size, name) not in self._outcomes:
             folder = self.folder / f"world-{world_size}-{name}"
-            self._outcomes[world_size, name] = run_group(run_steps, world_size, folder, list(jobs.values()))
+            self._outcomes[world_size, name] = run_group(function or run_steps, world_size, folder, list(jobs.values()))
         by_rank = self._outcomes[world_size, name]
         return {key: [results[number] for results in by_rank] for number, key in enumerate(jobs)}
 
 
-def run_steps(world: World, jobs: list[tuple[dict[str, Any], str, int]]) -> list[dict[str, Any]]:
+def run_steps_in_fp32(world: World, jobs: list[tuple[dict[str, Any], str, int]]) -> list[dict[str, Any]]:
+    return run_steps(world, jobs, load=lambda config: (Student if isinstance(config, StudentConfig) else Guide)(config))
+
+
+def run_steps(
+    world: World, jobs: list[tuple[dict[str, Any], str, int]], load: Callable[[Any], Any] = double
+) -> list[dict[str, Any]]:
     """One real train_step for every job: recipe, prepared corpus and number of the step."""
     outcomes, encoders = [], {}
     for tree, corpus_folder, step in jobs:
         config, corpus = parse_config(tree), Corpus(Path(corpus_folder))
         for section in (config.student, config.guide):
             if section and section not in encoders:
-                encoders[section] = double(section)
+                encoders[section] = load(section)
         student, guide = encoders[config.student], encoders.get(config.guide)
         outcomes.append(one_step(world, config, corpus, student, guide, step))
     return outcomes
@@ -265,6 +286,28 @@ def test_rounded_embeddings_are_the_same_for_any_world_size(stage, world_size):
         for outcome in here[precision]:
             assert outcome["loss"] == pytest.approx(rounded["loss"], abs=1e-10)
             assert_equal_gradients(outcome["gradients"], rounded["gradients"], 1e-10)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_bf16_gives_the_same_bits_on_any_number_of_workers(stage, world_size):
+    alone, here = stage.bf16_outcomes(1), stage.bf16_outcomes(world_size)
+    for key, ranks in here.items():
+        for outcome in ranks:
+            assert outcome["loss"] == pytest.approx(alone[key][0]["loss"], abs=1e-12)
+            for name, gradient in alone[key][0]["gradients"].items():
+                np.testing.assert_array_equal(outcome["gradients"][name], gradient, err_msg=name)
+
+
+def test_bf16_depends_on_how_the_work_is_cut_by_no_more_than_its_rounding(stage):
+    """Other chunks are other shapes of products, which round otherwise: all within bf16's distance from fp32."""
+    outcomes = stage.bf16_outcomes(1)
+    exact = outcomes["fp32", "one piece"][0]
+    whole = np.concatenate([gradient.ravel() for gradient in exact["gradients"].values()])
+    for machinery in ("medium pieces", "one piece"):
+        rounded = outcomes["bf16", machinery][0]
+        assert 1e-7 < abs(rounded["loss"] - exact["loss"]) < 0.02 * exact["loss"]
+        flat = np.concatenate([rounded["gradients"][name].ravel() for name in exact["gradients"]])
+        assert np.linalg.norm(flat - whole) < 0.1 * np.linalg.norm(whole)
 
 
 def test_dropout_was_on(stage, expected):

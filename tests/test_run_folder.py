@@ -5,6 +5,7 @@ import tiny_runs
 import yaml
 
 from gist_dist.common.errors import UserError
+from gist_dist.models import precision
 from gist_dist.recipe import parse_config
 from gist_dist.runs.folder import RunFolder
 
@@ -45,6 +46,26 @@ def test_values_that_are_others_are_a_change(written, section, key, value):
     changed = written | {section: written[section] | {key: value}}
     with pytest.raises(UserError, match=f"holds a run with {section}.{key}.* choose another name="):
         RunFolder(parse_config(changed)).refuse_other_recipe()
+
+
+def test_a_precision_left_open_is_that_of_the_run(tmp_path, written, monkeypatch):
+    """Whatever the machine is that it goes on with; a new run takes what suits the machine."""
+    before = parse_config(written | {"name": "other"})
+    before = before.model_copy(update={"student": before.student.model_copy(update={"precision": "bf16"})})
+    run = RunFolder(before)
+    run.create(before)
+    left_open = {section: written[section] | {"precision": "auto"} for section in ("student", "guide")}
+    config = parse_config(written | {"name": "other"} | left_open)
+    RunFolder(config).refuse_other_recipe()
+    for fast, new in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(precision, "has_bf16", lambda device, fast=fast: fast)
+        kept, settled = precision.settled(config, RunFolder(config).recorded()), precision.settled(config)
+        assert kept.guide and settled.guide
+        assert (kept.student.precision, kept.guide.precision) == ("bf16", "fp32")
+        assert (settled.student.precision, settled.guide.precision) == (new, new)
+        RunFolder(kept).refuse_other_recipe()
+    with pytest.raises(UserError, match=r"holds a run with student.precision = 'bf16', not 'fp32'"):
+        RunFolder(parse_config(written | {"name": "other"})).refuse_other_recipe()
 
 
 def test_other_prompts_are_other_data_to_a_checkpoint(tmp_path):

@@ -5,6 +5,14 @@ import os
 import torch
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether it multiplies matrices in bf16 several times as fast as in fp32: GPUs since Ampere, CPUs with AMX or
+    AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
 def prepare_cuda(deterministic: bool = True) -> None:
     """deterministic: every operation gives the same bits again, and one that can't raises."""
     # Its plans are made anew for every shape: 0.13 s each on an H200, where FlashAttention needs none.

@@ -2,6 +2,7 @@
 
 torch also leaves its fused attention for one of separate steps over the whole chunk where attention has dropout. Here
 random bits come 64 at a time from torch's generator, and attention is worked off in pieces that stay in the cache.
+Both take bf16 as well: products, weights and what is kept for the backward pass are then bf16, sums fp32.
 """
 
 # Axes:  t texts of one chunk   h heads   l tokens of its longest text   d width of a head
@@ -38,7 +39,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     """F.dropout."""
     if not training or not 0 < p < 1 or not _is_plain(input):
         return F.dropout(input, p, training, inplace)
-    return _Dropout.apply(input, p)
+    with _without_autocast():
+        return _Dropout.apply(input, p)
 
 
 def attention(
@@ -52,6 +54,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """F.scaled_dot_product_attention."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
     is_usual = (
         all(map(_is_plain, (query, key, value)))
         and query.ndim == 4
@@ -64,12 +68,17 @@ def attention(
         )
     if attn_mask is not None:
         attn_mask = attn_mask.expand(len(query), -1, -1, -1)
-    return _Attention.apply(query, key, value, attn_mask, dropout_p, scale or 1 / math.sqrt(query.shape[-1]))
+    with _without_autocast():
+        return _Attention.apply(query, key, value, attn_mask, dropout_p, scale or 1 / math.sqrt(query.shape[-1]))
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    wide = tensor.dtype in (torch.float32, torch.float64)
-    return tensor.device.type == "cpu" and wide and not torch.is_autocast_enabled("cpu")
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64, torch.bfloat16)
+
+
+def _without_autocast() -> torch.autocast:
+    """What is computed below has its dtype already."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def _kept(shape: torch.Size, p: float) -> Bool[Tensor, "..."]:
@@ -139,10 +148,14 @@ class _Attention(torch.autograd.Function):
             weights, kept = saved[number], saved[len(ctx.pieces) + number]
             dropped = (weights * kept).mul_(1 / (1 - ctx.p))
             d_value[texts] = dropped.transpose(-1, -2) @ gradient[texts]
-            # Of softmax: weights · (d_weights − their mean under the weights), which is that of gradient · output.
-            mean = (gradient[texts] * output[texts]).sum(dim=-1, keepdim=True)
-            d_scores = dropped.mul_(gradient[texts] @ value[texts].transpose(-1, -2))
-            d_scores.addcmul_(weights, mean, value=-1).mul_(ctx.scale)
+            d_dropped = gradient[texts] @ value[texts].transpose(-1, -2)
+            if weights.dtype == torch.bfloat16:  # torch's own keeps its sums in fp32
+                d_weights = d_dropped.mul_(kept).mul_(1 / (1 - ctx.p))
+                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            else:
+                # weights · (d_weights − their mean under the weights), which is that of gradient · output.
+                mean = (gradient[texts] * output[texts]).sum(dim=-1, keepdim=True)
+                d_scores = dropped.mul_(d_dropped).addcmul_(weights, mean, value=-1).mul_(ctx.scale)
             d_query[texts] = d_scores @ key[texts]
             d_key[texts] = d_scores.transpose(-1, -2) @ query[texts]
         return d_query, d_key, d_value, None, None, None

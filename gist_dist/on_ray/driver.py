@@ -20,6 +20,7 @@ from gist_dist.evaluation.evaluate import read_results
 from gist_dist.evaluation.tasks import check_tasks
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import embedding_fingerprint
+from gist_dist.models.precision import settled
 from gist_dist.on_ray.cluster.capacity import check_resources
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.clusters import cluster_on_ray
@@ -53,8 +54,9 @@ def train_and_evaluate(config: RunConfig) -> Summary:
     Every check comes before Ray is started. Raises UserError, and Stopped once training has stopped as it was asked to.
     """
     config = config.absolute_paths()
+    RunFolder(config).refuse_other_recipe()
+    config = settled(config, RunFolder(config).recorded())
     run = RunFolder(config)
-    run.refuse_other_recipe()
     check_tasks(config.evaluate, config.watched)
     check_trackers(config)
     check_hub(config.tracking.hub)
@@ -183,7 +185,7 @@ def _check_refresh(config: RunConfig, student: Student, guide: Guide | None) -> 
 
 def precompute_only(config: RunConfig) -> list[str]:
     """`gist-dist precompute`: the guide's embeddings of the whole corpus; lines that say what was done."""
-    config = config.absolute_paths()
+    config = settled(config.absolute_paths())
     if not config.has_guide_model:
         raise UserError("guide: there is no guide model whose embeddings could be kept; set guide.model")
     prepared = prepare(config)

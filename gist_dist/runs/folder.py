@@ -35,11 +35,12 @@ class RunFolder:
 
     def refuse_other_recipe(self) -> None:
         """UserError if the folder holds a run of another recipe, or can't be written."""
-        found = self._read_config()
+        found = self.recorded()
         if found is not None:
             before, now = (redact(_computed(recipe)) for recipe in (found, self.config))  # one was written
             for key in sorted(before.keys() | now.keys()):
-                if before.get(key) != now.get(key):
+                is_left_open = key.endswith(".precision") and now.get(key) == "auto"
+                if before.get(key) != now.get(key) and not is_left_open:
                     raise UserError(
                         f"{self.folder} holds a run with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
                         "choose another name=, or remove the folder to start over"
@@ -88,7 +89,8 @@ class RunFolder:
                 "needed; free some or choose another output_dir"
             )
 
-    def _read_config(self) -> RunConfig | None:
+    def recorded(self) -> RunConfig | None:
+        """The recipe that the folder's run began with; None for a new one."""
         path = self.folder / "config.yaml"
         if not path.exists():
             return None

@@ -48,6 +48,7 @@ from gist_dist.data.mining import (
 )
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import GuideCache, embedding_fingerprint
+from gist_dist.models.precision import settled
 from gist_dist.on_ray.cluster.capacity import check_resources, gpus_per_worker
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.pool import Answer, Failed, Lost, Pool, failure
@@ -95,7 +96,7 @@ def mine(config: RunConfig, options: MineOptions, output: Path) -> MiningReport:
     """
     started, output = time.monotonic(), Path(output).expanduser().absolute()
     _refuse_other_folder(output)
-    recipe = config.absolute_paths()
+    recipe = settled(config.absolute_paths())
     config = _minable(_with_model(recipe, options))
     logger.info("loading models and preparing data", extra=phase(PREPARING))
     student, guide = Student(config.student), Guide(config.guide_or_student)
