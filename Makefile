@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# All tests run in two processes of one thread each, a file in one of them; some tests in one process.
+SPREAD := $(if $(ARGS),,-n 2 --dist loadfile --no-loadscope-reorder)
 # Newer than what it was installed from: nothing to install.
 STAMP  := $(VENV)/.installed
 
@@ -31,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not chaos" $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not chaos" $(SPREAD) $(ARGS)
 
 test-slow: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
