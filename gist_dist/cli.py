@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_mine(commands)
     _add_cotrain(commands)
+    _add_merge(commands)
     _add_cluster(commands)
     command = commands.add_parser("evaluate", help="run MTEB tasks on a model, side by side as Ray tasks")
     command.add_argument("model", help="folder of a SentenceTransformer, or Hub id")
@@ -199,6 +200,20 @@ def _add_cotrain(commands: Any) -> None:
     command.add_argument("--rounds", type=int, required=True, metavar="N", help="how often each is trained")
     command.add_argument("--no-fixed", action="store_true", help="without the same steps with a fixed guide")
     command.set_defaults(run=_cotrain)
+
+
+def _add_merge(commands: Any) -> None:
+    summary = "one model of several fine-tunes of a common ancestor"
+    command = commands.add_parser("merge", help=summary, description=summary)
+    command.add_argument("models", nargs="+", metavar="MODEL", help="folder of a model or a run, or Hub id")
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder for the model")
+    methods = "of mergekit: linear, slerp, ties, model_stock, … (default: %(default)s)"
+    command.add_argument("--method", default="linear", metavar="NAME", help=methods)
+    command.add_argument("--weights", type=float, nargs="+", metavar="X", help="one for each model (default: equal)")
+    command.add_argument("--base", metavar="MODEL", help="the common ancestor, for methods that need one")
+    told = "a parameter of the method, such as t=0.3 of slerp"
+    command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=told)
+    command.set_defaults(run=_merge)
 
 
 def _add_cluster(commands: Any) -> None:
@@ -356,6 +371,24 @@ def _cotrain(arguments: argparse.Namespace) -> int:
         print(f"gist-dist: {stopped}; the same command resumes", file=sys.stderr)
         return INTERRUPTED
     _say(rounds.lines())
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    parameters = {}
+    for setting in arguments.set:
+        name, _, value = setting.partition("=")
+        try:
+            parameters[name] = float(value)
+        except ValueError:
+            raise UserError(f"--set {setting}: NAME=NUMBER, such as t=0.3") from None
+    from gist_dist.models.merge import METHODS, merge_models
+
+    if arguments.method not in METHODS:
+        raise UserError(f"--method {arguments.method}: one of {', '.join(METHODS)}")
+    options = arguments.weights, arguments.base, parameters
+    folder = merge_models(arguments.models, arguments.output.absolute(), arguments.method, *options)
+    _say([f"model    {folder}", f"to compare it with its parts: gist-dist evaluate {folder} --tasks …"])
     return 0
 
 
