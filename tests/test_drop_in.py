@@ -282,6 +282,78 @@ def test_logs_what_theirs_logs(tmp_path, models, options):
     assert found[0] == pytest.approx(found[1], rel=0.01 if "bf16" in options else 1e-4)
 
 
+def with_adapter(student: SentenceTransformer) -> None:
+    """A real one, whose second half isn't the zeros that it begins with: all of its weights then have a gradient."""
+    from peft import LoraConfig, TaskType
+
+    torch.manual_seed(0)
+    student.add_adapter(LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, r=4, target_modules=["query", "value"]))
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("matryoshka", [False, True])
+def test_equals_theirs_with_a_peft_adapter(models, matryoshka):
+    texts, found = columns(), []
+    for kind in (CachedGISTEmbedLoss, losses.CachedGISTEmbedLoss):
+        student, guide = load(models)
+        with_adapter(student)
+        student.double().eval()
+        loss = kind(student, guide, 0.05, margin=0.02)
+        loss = losses.MatryoshkaLoss(student, loss, [32, 8]) if matryoshka else loss
+        found.append(gradients(loss, student, texts))
+        assert found[-1][1] and all("lora_" in name for name in found[-1][1])
+    assert_close(*found, 1e-9)
+
+
+def trained(models, folder: Path, kind: Any, options: dict[str, Any], matryoshka: bool, adapter: bool) -> Any:
+    """Logged losses, and the weights that their own trainer has changed."""
+    from datasets import Dataset
+
+    student, guide = (SentenceTransformer(str(path), device="cpu") for path in models)
+    if adapter:
+        with_adapter(student)
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    rows = Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), columns(num_rows=32), strict=True)))
+    loss = kind(student, guide, 0.05, margin=0.02)
+    arguments = SentenceTransformerTrainingArguments(
+        str(folder), per_device_train_batch_size=8, max_steps=3, logging_steps=1, learning_rate=1e-3, report_to="none",
+        save_strategy="no", use_cpu=True, disable_tqdm=True, optim="sgd", warmup_steps=0, **options,
+    )  # fmt: skip
+    loss = losses.MatryoshkaLoss(student, loss, [32, 8]) if matryoshka else loss
+    trainer = SentenceTransformerTrainer(model=student, args=arguments, train_dataset=rows, loss=loss)
+    trainer.train()
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    moved = {n: (p - before[n]).detach() for n, p in student.named_parameters() if not torch.equal(p, before[n])}
+    return logged, moved
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
+@pytest.mark.parametrize("matryoshka", [False, True], ids=["plain", "matryoshka"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}, {"bf16": True, "gradient_accumulation_steps": 2}],
+    ids=["fp32", "fp32-accumulated", "bf16", "bf16-accumulated"],
+)  # fmt: skip
+def test_their_trainer_moves_the_same_weights_as_with_theirs(tmp_path, models, options, matryoshka, adapter):
+    """Steps of plain gradient descent: what a weight moves is the sum of its gradients."""
+    kinds = (CachedGISTEmbedLoss, losses.CachedGISTEmbedLoss)
+    (mine, moved), (theirs, expected) = (trained(models, tmp_path, k, options, matryoshka, adapter) for k in kinds)
+    assert len(mine) == 3 and moved.keys() == expected.keys() and len(moved) > 5
+    assert adapter == all("lora_" in name for name in moved)
+    rough = "bf16" in options
+    assert mine == pytest.approx(theirs, rel=0.02 if rough else 1e-4)
+    whole, difference = (
+        torch.cat([t.flatten() for t in tensors]).norm().item()
+        for tensors in (expected.values(), [moved[name] - expected[name] for name in moved])
+    )
+    assert difference < (0.1 if rough else 1e-3) * whole
+
+
 def test_says_what_it_can_not_use(models):
     student, guide = load(models)
     loss = CachedGISTEmbedLoss(student, guide)

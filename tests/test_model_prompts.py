@@ -1,8 +1,10 @@
 """Prompts: of the model, of the recipe and of a source, resolved once, and what the saved model makes of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -15,6 +17,8 @@ from gist_dist.config import GuideConfig, RolePrompts, RunConfig, StudentConfig
 from gist_dist.data.corpus import prepare
 from gist_dist.data.sampler import Sampler
 from gist_dist.models.encoder import Guide, Student, kept_prompts, save_model
+from gist_dist.models.guide_cache import embedding_fingerprint, open_guide_cache
+from gist_dist.on_ray.tasks.precompute import _Actor, precompute
 from gist_dist.planning.outline import outline
 from gist_dist.recipe import parse_config
 
@@ -114,13 +118,61 @@ def test_a_prompt_that_leaves_no_room_is_refused(tmp_path, plain, where):
         prepare(config, Student(config.student), None, progress=lambda line: None)
 
 
-def test_a_guide_that_pools_without_its_prompt_is_refused(tmp_path):
-    folder = zoo.save(tmp_path / "model", Kind(with_prompt=False))
-    Guide(GuideConfig(model=str(folder)))
-    with pytest.raises(
-        UserError, match=r"guide\.prompts: guide\.model pools without its prompt \(include_prompt: false\)"
-    ):
-        Guide(GuideConfig(model=str(folder), prompts=RolePrompts(anchor="old : ")))
+@pytest.mark.parametrize("kind", [Kind(), Kind("qwen3", "left"), Kind("modernbert", "left", "weightedmean")], ids=str)
+def test_a_guide_that_pools_without_its_prompt_scores_as_it_embeds(tmp_path, plain, kind):
+    """Online and in the cache, on this process and on an actor: with the recipe's prompt, a source's, and none."""
+    folder = zoo.save(tmp_path / "guide", replace(kind, with_prompt=False))
+    tree = run_of(tmp_path, plain, {}, None, None).model_dump(mode="json")
+    tree["guide"] = {"model": str(folder), "prompts": {"anchor": "old : "}}
+    tree["data"]["sources"][1]["prompts"] = {"guide": {"anchor": "cold river : ", "positive": ""}}
+    config = parse_config(tree)
+    guide = Guide.of_run(config)
+    corpus = prepare(config, Student(config.student), guide, progress=lambda line: None)
+    stock = SentenceTransformer(str(folder), device="cpu")
+    actor = _Actor(config, guide.config, guide.skipped, embedding_fingerprint(guide), {"CPU": 1.0})
+    again = actor._load()
+    precompute(config, corpus, guide, lambda line: None)
+    cache = open_guide_cache(config, guide)
+    for source, prompts in enumerate((("old : ", ""), ("cold river : ", ""))):
+        rows = np.flatnonzero(corpus.source == source)
+        for prompt, numbers in zip(prompts, (corpus.anchors[rows], corpus.positives[rows]), strict=True):
+            texts = [corpus.text(number) for number in numbers.tolist()]
+            expected = stock.encode(texts, prompt=prompt, normalize_embeddings=True)
+            if prompt:
+                stock[1].include_prompt = True
+                other = stock.encode(texts, prompt=prompt, normalize_embeddings=True)
+                stock[1].include_prompt = False
+                assert np.abs(other - expected).max() > 0.01, "the prompt makes no difference"
+            for encoder in (guide, again):
+                found = encoder.encode(corpus.guide_tokens(numbers)).numpy()
+                np.testing.assert_allclose(found, expected, atol=1e-3)
+            found = cache.embeddings(cache.find(corpus.guide_keys[numbers]))
+            np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_embeddings_pooled_without_other_prompts_are_not_taken_from_the_cache(tmp_path):
+    folder = zoo.save(tmp_path / "guide", Kind(with_prompt=False))
+    alone, other = (
+        embedding_fingerprint(Guide(GuideConfig(model=str(folder), prompts=RolePrompts(anchor=prompt))))
+        for prompt in ("old : ", "new : ")
+    )
+    assert alone != other
+    whole = zoo.save(tmp_path / "whole", Kind())
+    alone, other = (
+        embedding_fingerprint(Guide(GuideConfig(model=str(whole), prompts=RolePrompts(anchor=prompt))))
+        for prompt in ("old : ", "new : ")
+    )
+    assert alone == other, "its embeddings are those of the tokens, whatever the prompts"
+
+
+def test_a_model_that_pools_without_its_prompt_is_not_packed(tmp_path):
+    packed = []
+    for number, with_prompt in enumerate((True, False)):
+        folder = zoo.save(tmp_path / str(number), Kind(with_prompt=with_prompt))
+        student = Student(StudentConfig(model=str(folder), prompts=RolePrompts(anchor="old : ")))
+        student.get_ready(packing=True)
+        packed.append(student.packs)
+    assert packed == [True, False]
 
 
 def test_a_saved_model_that_embeds_otherwise_is_not_kept(tmp_path, plain, monkeypatch):

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -103,7 +103,7 @@ class Encoder:
 
     def prompts_with(self, of_source: RolePrompts | None) -> dict[str, str]:
         """By role: the source's, else the recipe's, and where neither says anything the model's own. UserError for one
-        that leaves no room for a text, and for a guide that pools without it."""
+        that leaves no room for a text."""
         given = of_source or self.config.prompts
         query, document = prompts_of(self.model, {"query": given.anchor, "document": given.positive})
         prompts = {"anchor": query, "positive": document}
@@ -111,6 +111,11 @@ class Encoder:
         for prompt in filter(None, prompts.values()):
             self._take(prompt)
         return prompts
+
+    def learn_prompts(self, of_sources: Iterable[RolePrompts | None]) -> None:
+        """A model that pools without its prompt has to know those of all sources before it encodes."""
+        for of_source in of_sources:
+            self.prompts_with(of_source)
 
     def _take(self, prompt: str) -> None:
         """A prompt that texts will have."""
@@ -123,11 +128,6 @@ class Encoder:
             )
         if not self.pools_without_prompt:
             return
-        if isinstance(self.config, GuideConfig):
-            raise UserError(
-                f"{self.section}.prompts: {self.section}.model pools without its prompt (include_prompt: false), which "
-                f"is supported for a student only; set the prompts to '' ({shown}) or choose another guide"
-            )
         # As sentence-transformers counts: without a special token at its end.
         ends = bool(len(ids)) and int(ids[-1]) in self.model.tokenizer.all_special_ids
         ids = ids[: len(ids) - ends]
@@ -435,6 +435,13 @@ class Guide(Encoder):
         if config.precision == "bf16":
             for parameter in self.model.parameters():  # tables of rotary positions stay fp32
                 parameter.data = parameter.data.bfloat16()
+
+    @classmethod
+    def of_run(cls, config: RunConfig, device: torch.device | str = "cpu") -> "Guide":
+        """The recipe's, which knows the prompts of all sources."""
+        guide = cls(config.guide_or_student, device)
+        guide.learn_prompts(source.prompts.guide for source in config.data.sources)
+        return guide
 
     def encode(self, texts: Inputs) -> Float[Tensor, "t e"]:
         """Rounded to fp16, which the guide cache keeps, so that cached and online runs score the same numbers."""

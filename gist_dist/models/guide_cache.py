@@ -251,6 +251,8 @@ def embedding_fingerprint(encoder: Encoder) -> str:
         "precision": encoder.config.precision,
         "width": encoder.width,
     }
+    if encoder.skipped:  # prompts that are not pooled
+        described["skipped"] = sorted(ids.tolist() for ids in encoder.skipped)
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 

@@ -159,7 +159,7 @@ def prepare(config: RunConfig, clustered: bool = True) -> Prepared:
     which the guide encodes all texts."""
     logger.info("loading models and preparing data", extra=phase(PREPARING))
     student = Student(config.student)
-    guide = Guide(config.guide_or_student) if config.has_guide_model else None
+    guide = Guide.of_run(config) if config.has_guide_model else None
     _check_refresh(config, student, guide)
     corpus = prepare_on_ray(resolve_classification(config, student, guide), student, guide)
     check_negatives(config, corpus)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gist_dist.config import GuideConfig, RunConfig
+from gist_dist.config import GuideConfig, RolePrompts, RunConfig
 from gist_dist.core.candidates import row_blocks
 from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import BatchPlan, plan_batch
@@ -29,7 +29,7 @@ def held_out_loss(
 ) -> float:
     """Mean over the rows, of a saved student. guide: as in training, and the student itself in mode self; the recipe's
     first one where guide.refresh renews it, so that steps can be compared."""
-    frozen = Guide(GuideConfig(model=str(student), **_options(config)), device)
+    frozen = _frozen(config, student, device)
     rows = held_out_rows(config, corpus)
     rows = rows[np.random.default_rng(config.seed).permutation(len(rows))]
     total = 0.0
@@ -43,9 +43,15 @@ def held_out_loss(
     return total / len(rows)
 
 
-def _options(config: RunConfig) -> dict[str, object]:
-    student = config.student
-    return {key: getattr(student, key) for key in ("precision", "attention", "trust_remote_code", "max_tokens")}
+def _frozen(config: RunConfig, saved: Path, device: torch.device | str) -> Guide:
+    """Which knows the prompts that it was trained with: as Student.save names them, or as the recipe has them."""
+    same = {key: getattr(config.student, key) for key in ("precision", "attention", "trust_remote_code", "max_tokens")}
+    frozen = Guide(GuideConfig(model=str(saved), **same), device)
+    frozen.learn_prompts([config.student.prompts, *(source.prompts.student for source in config.data.sources)])
+    for source in config.data.sources:
+        of_source = {role: frozen.model.prompts.get(f"{source.label}-{role}") for role in ("query", "document")}
+        frozen.learn_prompts([RolePrompts(anchor=of_source["query"], positive=of_source["document"])])
+    return frozen
 
 
 def _embedded(encoder: Guide, tokens: list[np.ndarray], config: RunConfig) -> Tensor:

@@ -99,7 +99,7 @@ def mine(config: RunConfig, options: MineOptions, output: Path) -> MiningReport:
     recipe = settled(config.absolute_paths())
     config = _minable(_with_model(recipe, options))
     logger.info("loading models and preparing data", extra=phase(PREPARING))
-    student, guide = Student(config.student), Guide(config.guide_or_student)
+    student, guide = Student(config.student), Guide.of_run(config)
     with connected(config.cluster) as resources:
         corpus = prepare_on_ray(config, student, guide)
         inputs = _inputs(recipe, options, corpus, guide)

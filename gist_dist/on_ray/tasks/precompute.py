@@ -124,7 +124,7 @@ def _precompute(config: RunConfig, inputs: _CorpusInputs | _GivenInputs, guide: 
         done = Encoded(work, lengths, say)  # from here: not the seconds that Ray takes to start
         _encode_on(
             num_actors,
-            lambda: remote.remote(config, guide.config, cache.fingerprint, needs),
+            lambda: remote.remote(config, guide.config, guide.skipped, cache.fingerprint, needs),
             lambda number: (keys[work.shards[number]], *inputs.for_actor(work.shards[number])),
             config.cluster.max_failures,
             done,
@@ -192,8 +192,17 @@ def _encode_on(
 class _Actor:
     """Loads the guide with its first shard, encodes shards of work and writes them into the cache."""
 
-    def __init__(self, config: RunConfig, guide: GuideConfig, fingerprint: str, needs: dict[str, float]) -> None:
-        self.config, self.guide_config, self.fingerprint, self.needs = config, guide, fingerprint, needs
+    def __init__(
+        self,
+        config: RunConfig,
+        guide: GuideConfig,
+        skipped: list[np.ndarray],
+        fingerprint: str,
+        needs: dict[str, float],
+    ) -> None:
+        """skipped: Guide.skipped, which only knows the prompts of sources where it has seen them."""
+        self.config, self.guide_config, self.skipped = config, guide, skipped
+        self.fingerprint, self.needs = fingerprint, needs
         self.corpus: Corpus | None = None
         self.guide: Guide | None = None
 
@@ -201,6 +210,7 @@ class _Actor:
         """Apart from the constructor, so that its errors are not wrapped into the actor's death."""
         torch.set_num_threads(max(1, int(self.needs["CPU"])))
         guide = Guide(self.guide_config, "cuda" if "GPU" in self.needs else "cpu")
+        guide.skipped = self.skipped
         if embedding_fingerprint(guide) != self.fingerprint:
             raise UserError(
                 f"guide.model: '{self.guide_config.model}' on node {platform.node()} differs from the driver's; put "

@@ -118,7 +118,7 @@ def open_guide(config: RunConfig, inputs: RunInputs, device: "torch.device | str
     if inputs.guide_fingerprint:
         place, copy = config.guide_cache_dir, config.data.local_copy
         return GuideCache(place, inputs.guide_fingerprint, inputs.guide_width, copy)
-    return Guide(config.guide_or_student, device) if config.has_guide_model else None
+    return Guide.of_run(config, device) if config.has_guide_model else None
 
 
 class Requests:
