@@ -85,9 +85,13 @@ def test_stop_names_the_step_and_its_rows_on_every_rank(runs, undisturbed):
 
 def test_a_gradient_that_is_not_finite_stops_too(runs, undisturbed):
     tree = runs.tree("gradient", checkpoint={"every_steps": None})
-    with pytest.raises(
-        UserError, match=r"step 3: the gradient norm is (nan|inf) in a batch of rows row \d+, .* and 11 more"
-    ):
+    told = (
+        r"step 3: the gradient norm is (nan|inf) in a batch of rows row \d+, .* and 11 more .*; all embeddings and the "
+    )
+    told += (
+        r"loss are finite, and the backward pass begins to overflow at '0\.model\..*'; .*; lower optim.learning_rate"
+    )
+    with pytest.raises(UserError, match=told):
         runs.train(tree, student=BadGradient)
     facts = rows_of_step_3(tree)
     assert facts["what"] == "gradient" and not any(row["blamed"] for row in facts["rows"])
@@ -142,5 +146,52 @@ def test_the_first_step_has_no_state_before_it(runs):
 def test_rows_whose_own_loss_is_not_finite(runs):
     """Embeddings are fine; the temperature makes every row's loss overflow."""
     tree = runs.tree("own", loss={"temperature": 1e-45})
-    with pytest.raises(UserError, match=r"the loss is not finite of rows row \d+, \d+, \d+, \d+, \d+ and \d+ more"):
+    told = (
+        r"the loss is not finite of rows row \d+, \d+, \d+, \d+, \d+ and \d+ more .*; all embeddings are finite, and "
+    )
+    with pytest.raises(UserError, match=told + r"scores overflow at loss.temperature = 1e-45; .*; raise it"):
+        runs.train(tree)
+
+
+class MaskedWhole(Student):
+    """The last layer's attention sees a row that is masked whole, as some kernels do with left padding."""
+
+    def __init__(self, config, device="cpu"):
+        super().__init__(config, device)
+        self.model[0].model.encoder.layer[-1].attention.self.register_forward_hook(self.mask)
+
+    def mask(self, module, given, output):
+        weights = torch.full_like(output[0], -torch.inf).softmax(dim=-1)
+        return (output[0] + weights, *output[1:])
+
+
+class Overflow(Student):
+    """One layer's numbers are beyond the type's."""
+
+    def __init__(self, config, device="cpu"):
+        super().__init__(config, device)
+        inner = self.model[0].model.encoder.layer[0].intermediate.dense
+        inner.register_forward_hook(lambda module, given, output: output * 1e38 * 1e38)
+
+
+@pytest.mark.parametrize(
+    ("student", "module", "remedy"),
+    [
+        (MaskedWhole, r"1\.attention\.self' \(\w+Attention\) is the first to give nan", "masked whole"),
+        (Overflow, r"0\.intermediate\.dense' \(Linear\) is the first to give (inf|nan)", "precision=fp32"),
+    ],
+)
+def test_a_forward_pass_that_is_not_finite_is_not_put_on_the_learning_rate(runs, student, module, remedy):
+    tree = runs.tree(f"forward-{student.__name__}")
+    told = rf"step 1: the loss is nan; .*; in the forward pass '0\.model\.encoder\.layer\.{module}, .*{remedy}"
+    with pytest.raises(UserError, match=told) as found:
+        runs.train(tree, student=student)
+    assert "no learning rate changes that" in str(found.value) and "lower optim" not in str(found.value)
+    facts = json.loads((run_dir(tree) / "non_finite" / "step-00000001.json").read_text())
+    assert "is the first to give" in facts["began"]
+
+
+def test_a_learning_rate_that_is_too_high_is_named(runs):
+    tree = runs.tree("too-high", optim={"learning_rate": 1e12, "warmup_ratio": 0.0, "max_grad_norm": None})
+    with pytest.raises(UserError, match=r"step [2-6]: .*the weights have grown too large: lower optim\.learning_rate"):
         runs.train(tree)

@@ -3,7 +3,7 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,18 +15,30 @@ from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import Scored, StepResult
 from gist_dist.data.corpus import Corpus
+from gist_dist.models.encoder import Student
+from gist_dist.training.origin import backward_origin, forward_origin
 
 logger = logging.getLogger(__name__)
 
 NAMED_ROWS = 5
 """As many are named in a sentence; the file has all."""
 BLOCK_BYTES = 2.5e8
+NO_STUDENT, NO_GUIDE = "the student's embedding is not finite", "the guide's embedding is not finite"
 
 
-def report_non_finite(config: RunConfig, corpus: Corpus, plan: BatchPlan, result: StepResult) -> str:
-    """A sentence that names the step and the rows to blame; writes run_dir/non_finite/step-….json with all its rows."""
+class Report(NamedTuple):
+    told: str
+    """Names the step, the rows to blame, and where it began."""
+    remedy: str
+
+
+def report_non_finite(
+    config: RunConfig, student: Student, corpus: Corpus, plan: BatchPlan, result: StepResult
+) -> Report:
+    """Writes run_dir/non_finite/step-….json with all its rows."""
     assert result.scored is not None
     reason, blamed = find_offending_rows(result.scored, corpus.num_negatives[plan.rows], config.loss)
+    cause, remedy = _cause(config, student, corpus, plan, result, reason)
     rows = [
         {"source": corpus.source_names[source], "row": number, "blamed": bool(is_blamed)}
         for source, number, is_blamed in zip(
@@ -39,6 +51,7 @@ def report_non_finite(config: RunConfig, corpus: Corpus, plan: BatchPlan, result
         "loss": str(result.loss),
         "grad_norm": str(result.grad_norm),
         "blamed_for": reason,
+        "began": cause,
         "rows": rows,
     }
     value = result.loss if result.non_finite == "loss" else result.grad_norm
@@ -48,7 +61,30 @@ def report_non_finite(config: RunConfig, corpus: Corpus, plan: BatchPlan, result
         sentence += f"; {reason} of {_name(named)}"
     else:
         sentence += f" in a batch of {_name(rows)}"
-    return f"{sentence} ({_write(config.run_dir / 'non_finite' / f'step-{plan.step:08d}.json', facts)})"
+    sentence += f" ({_write(config.run_dir / 'non_finite' / f'step-{plan.step:08d}.json', facts)})"
+    return Report(f"{sentence}; {cause}" if cause else sentence, remedy)
+
+
+def _cause(
+    config: RunConfig, student: Student, corpus: Corpus, plan: BatchPlan, result: StepResult, reason: str | None
+) -> tuple[str | None, str]:
+    """Where it began, if that is found, and what to do. Before the first step no learning rate has changed anything."""
+    assert result.scored is not None
+    usual = "use fp32, or leave out those rows"
+    usual = f"lower optim.learning_rate, {usual}" if plan.step > 1 else usual
+    if reason == NO_STUDENT:
+        origin = forward_origin(config, student, corpus, plan, result.scored)
+        return (str(origin), origin.remedy(plan.step)) if origin else (None, usual)
+    if reason == NO_GUIDE:
+        return None, "use guide.precision=fp32 or another guide, or leave out those rows"
+    if result.non_finite == "loss":
+        temperature = config.loss.temperature
+        return f"all embeddings are finite, and scores overflow at loss.temperature = {temperature}", "raise it"
+    weight, is_loss_sound = backward_origin(config, student, corpus, plan, result.scored)
+    if not is_loss_sound:
+        return "the loss is finite, and its gradient is not", "raise loss.temperature, or leave out those rows"
+    began = f", and the backward pass begins to overflow at '{weight}'" if weight else ""
+    return f"all embeddings and the loss are finite{began}", usual
 
 
 def find_offending_rows(scored: Scored, num_negatives: np.ndarray, loss: LossConfig) -> tuple[str | None, np.ndarray]:
@@ -57,7 +93,7 @@ def find_offending_rows(scored: Scored, num_negatives: np.ndarray, loss: LossCon
     num_negatives: hard negatives of each row.
     """
     batch = scored.batch
-    for model, embeddings in (("student", scored.student), ("guide", scored.guide)):
+    for reason, embeddings in ((NO_STUDENT, scored.student), (NO_GUIDE, scored.guide)):
         if embeddings is None:
             continue
         bad = (~torch.isfinite(embeddings).all(dim=1)).cpu()
@@ -65,7 +101,7 @@ def find_offending_rows(scored: Scored, num_negatives: np.ndarray, loss: LossCon
         blamed = (bad[batch.anchors.cpu()] | bad[batch.positives.cpu()]).numpy()
         blamed[of_row[bad[batch.negatives.cpu()].numpy()]] = True
         if blamed.any():
-            return f"the {model}'s embedding is not finite", blamed
+            return reason, blamed
     blamed = np.zeros(batch.num_rows, dtype=bool)
 
     def is_finite(rows: range) -> bool:

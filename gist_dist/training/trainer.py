@@ -57,8 +57,7 @@ def train(
     Ray: a report waits for the controller, and Ray's retry only has to call this function again. Raises UserError, on
     every worker, for a run that can't go on.
     """
-    for source in config.data.sources:
-        student.prompts_with(source.prompts.student)  # where it pools without them, it knows them by now
+    student.learn_prompts(source.prompts.student for source in config.data.sources)
     sampler = Sampler(corpus, config)
     model, cache = (None, guide) if isinstance(guide, GuideCache) else (guide, None)
     optimizer = build_optimizer(student.model, config.optim)
@@ -149,13 +148,12 @@ def _skip_or_stop(train_state: RunTrainState, state: RunState, batch: BatchPlan,
     if optim.non_finite == "skip" and skipped < optim.max_skipped:
         state.skipped.append(batch.step)
         if train_state.world.rank == 0:
-            told = report_non_finite(config, train_state.corpus, batch, result)
+            told = report_non_finite(config, train_state.student, train_state.corpus, batch, result).told
             logger.warning("%s; skipped, as %d of at most %d steps", told, skipped + 1, optim.max_skipped)
         return
 
     def stop() -> None:
-        told = report_non_finite(config, train_state.corpus, batch, result)
-        remedy = "lower optim.learning_rate, use fp32, or leave out those rows"
+        told, remedy = report_non_finite(config, train_state.student, train_state.corpus, batch, result)
         if optim.non_finite == "skip":
             told += f", and optim.max_skipped = {optim.max_skipped} steps were skipped before"
         else:
