@@ -62,7 +62,7 @@ def test_a_good_cluster_is_found_ready(nodes, tree, monkeypatch):
     assert Verdict(findings).healthy, Verdict(findings).lines()
     assert "1 node;" in found["Ray"].found
     assert any(name.startswith("node ") and " CPUs" in finding.found for name, finding in found.items())
-    assert "equal on all nodes: python 3." in found["versions"].found and "torch" in found["versions"].found
+    assert "equal here and on all nodes: python 3." in found["versions"].found and "torch" in found["versions"].found
     assert re.fullmatch(r"within \d+ ms", found["clocks"].found)
     assert found["output_dir"].found == f"{tree['output_dir']}: is written"
     assert not list(Path(tree["output_dir"]).iterdir())
@@ -107,7 +107,7 @@ def test_versions_clocks_and_gpus_that_differ_are_findings():
         | {"versions": good["versions"] | {"mteb": None}, "gpus": [], "memory_gb": 1.0, "disk_gb": {"/": 1.0}},
     }
     nodes._each_node(described)
-    nodes._versions(described)
+    nodes._versions(described, good)
     problems = [f"{f.name}: {f.found}" for f in nodes.findings if f.state != "ok"]
     assert problems == [
         "node 10.0.0.2: Ray was told of 1 GPUs and the driver shows 0",
@@ -117,9 +117,47 @@ def test_versions_clocks_and_gpus_that_differ_are_findings():
         f"version of mteb: {good['versions']['mteb']} on 10.0.0.1, 10.0.0.2; none on 10.0.0.3",
     ]
     nodes.findings.clear()
+    nodes._versions({"n1": good}, good | {"versions": good["versions"] | {"datasets": "1.0"}, "prefix": "/opt/conda"})
+    told = (
+        f"{good['versions']['datasets']} on 10.0.0.1; 1.0 here (Python is in {sys.prefix} on 10.0.0.1; /opt/conda here)"
+    )
+    assert [f.found for f in nodes.findings if f.state == "fail"] == [told]
+    nodes.findings.clear()
     nodes._clocks({"n1": 0.0, "n2": 0.002, "n3": -90.0})
     (clock,) = nodes.findings
     assert (clock.state, clock.found) == ("warn", "90.0 s apart, 10.0.0.3 is furthest from here")
+
+
+def test_folders_of_models_from_the_hub_that_differ_are_a_finding(tree, monkeypatch):
+    from gist_dist.on_ray.doctor.nodes import Nodes
+
+    nodes = Nodes.__new__(Nodes)
+    nodes.findings, nodes.names = [], {"n1": "10.0.0.1", "n2": "10.0.0.2"}
+    homes = [{"hub_cache": f"/{name}/hub"} for name in ("shared", "home")]
+    config = parse_config(tree)
+    nodes._hub_caches({"n1": homes[0], "n2": homes[0]}, homes[0], config)
+    assert not nodes.findings
+    nodes._hub_caches({"n1": homes[0], "n2": homes[0]}, homes[1], config)
+    nodes._hub_caches({"n1": homes[0], "n2": homes[1]}, homes[1], None)
+    assert [f.found for f in nodes.findings] == [
+        "models from the Hub are kept in /shared/hub on 10.0.0.1, 10.0.0.2; /home/hub here",
+        "models from the Hub are kept in /shared/hub on 10.0.0.1; /home/hub on 10.0.0.2",
+    ]
+    assert all(f.state == "warn" and "HF_HOME" in f.remedy for f in nodes.findings)
+    nodes.findings.clear()
+    given = parse_config(tree | {"cluster": {"runtime_env": {"env_vars": {"HF_HOME": "/shared"}}}})
+    nodes._hub_caches({"n1": homes[0], "n2": homes[0]}, homes[1], given)
+    assert not nodes.findings, "the recipe sets it for the nodes"
+    for names, expected in (
+        ({"HF_HOME": "/one"}, "/one/hub"),
+        ({"HF_HUB_CACHE": "/two"}, "/two"),
+        ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"),
+    ):  # fmt: skip
+        for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in names.items():
+            monkeypatch.setenv(name, value)
+        assert describe_node([])["hub_cache"] == expected
 
 
 # ------------------------------------------------------------------------------------------------------- two nodes

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,16 +56,25 @@ class Verdict:
 
 
 def describe_node(folders: Sequence[str]) -> dict[str, Any]:
-    """Versions, GPUs, gigabytes free: of memory, of /dev/shm in all, and on the disks of the folders and of /tmp."""
+    """Versions and where they are installed, the folder of models from the Hub, GPUs, gigabytes free: of memory, of
+    /dev/shm in all, and on the disks of the folders and of /tmp."""
     packages = ("torch", "ray", "transformers", "sentence-transformers", "datasets", "mteb", "pyarrow", "numpy")
     versions = {"python": platform.python_version(), "gist_dist": __version__}
     return {
         "versions": versions | {package: installed_version(package) for package in packages},
+        "prefix": sys.prefix,
+        "hub_cache": hub_cache(),
         "gpus": _gpus_of_driver(),
         "memory_gb": _memory_gb()[0],
         "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else None,
         "disk_gb": {folder: _free_gb(folder) for folder in (*folders, tempfile.gettempdir())},
     }
+
+
+def hub_cache() -> str:
+    """As huggingface_hub finds it."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return os.path.expanduser(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
 
 
 def examine_machine(look_at_ray: Callable[[], list[Finding]]) -> Verdict:

@@ -131,7 +131,9 @@ class Nodes:
         local = sorted({place for place in places.values() if "://" not in place})
         described = self._ask("describe", START_S, local)
         self._each_node(described)
-        self._versions(described)
+        here = describe_node([])
+        self._versions(described, here)
+        self._hub_caches(described, here, config)
         self._clocks({node: self._clock(node) for node in described})
         for key, place in places.items():
             self._storage(key, place, list(described))
@@ -186,19 +188,39 @@ class Nodes:
                 if free < MIN_FREE_GB:
                     self._add(name, "warn", f"{free:.1f} GB free in {folder}", f"have {MIN_FREE_GB} GB there")
 
-    def _versions(self, described: dict[str, dict[str, Any]]) -> None:
+    def _versions(self, described: dict[str, dict[str, Any]], here: dict[str, Any]) -> None:
+        """here: this process, which prepares what the nodes train."""
         shown = []
-        for package in next(iter(described.values()), {}).get("versions", {}):
-            holders = defaultdict(list)
-            for node, it in described.items():
-                holders[it["versions"][package] or "none"].append(self.names[node])
+        prefixes = self._holders({node: it["prefix"] for node, it in described.items()}, here["prefix"])
+        for package in here["versions"] if described else ():
+            versions = {node: it["versions"][package] or "none" for node, it in described.items()}
+            holders = self._holders(versions, here["versions"][package] or "none")
             if len(holders) > 1 or "none" in holders:
-                found = "; ".join(f"{version} on {_some(names)}" for version, names in holders.items())
+                found = _told(holders) + (f" (Python is in {_told(prefixes)})" if len(prefixes) > 1 else "")
                 self._add(f"version of {package}", "fail", found, "install the same on every node: one image for all")
             else:
                 shown.append(f"{package} {next(iter(holders))}")
         if shown:
-            self._add("versions", "ok", f"equal on all nodes: {', '.join(shown)}")
+            self._add("versions", "ok", f"equal here and on all nodes: {', '.join(shown)}")
+
+    def _hub_caches(self, described: dict[str, dict[str, Any]], here: dict[str, Any], config: RunConfig | None) -> None:
+        """Where they differ, each downloads models anew, or finds none where the Hub is out of reach."""
+        given = config.cluster.runtime_env.get("env_vars", {}) if config else {}
+        is_given = "HF_HOME" in given or "HF_HUB_CACHE" in given  # then the nodes are meant to differ from here
+        own = {node: it["hub_cache"] for node, it in described.items()}
+        holders = self._holders(own, None if is_given else here["hub_cache"])
+        if len(holders) > 1:
+            remedy = "set HF_HOME alike everywhere, or cluster.runtime_env: {env_vars: {HF_HOME: a shared folder}}"
+            self._add("HF_HOME", "warn", f"models from the Hub are kept in {_told(holders)}", remedy)
+
+    def _holders(self, values: dict[str, str], here: str | None) -> dict[str, list[str]]:
+        """Value → who has it; here: this process's."""
+        holders = defaultdict[str, list[str]](list)
+        for node, value in values.items():
+            holders[value].append(self.names[node])
+        if here is not None and here not in holders:
+            holders[here].append("here")
+        return holders
 
     def _clock(self, node: str) -> float:
         """Seconds that it is ahead of this process's, by the fastest of several answers."""
@@ -267,6 +289,10 @@ class Nodes:
                 self._add(what, "fail", f"on {self.names[node]}: {problem}", LOAD_REMEDIES[what])
             if not problems and answers:
                 self._add(what, "ok", f"loads on every node ({time.monotonic() - started:.0f} s)")
+
+
+def _told(holders: dict[str, list[str]]) -> str:
+    return "; ".join(f"{value} {'' if names == ['here'] else 'on '}{_some(names)}" for value, names in holders.items())
 
 
 def _some(names: list[str]) -> str:
