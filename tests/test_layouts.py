@@ -2,12 +2,20 @@
 
 import csv
 import json
+import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from test_sources import refused, source
+
+from gist_dist.common.errors import UserError
+from gist_dist.config import SourceConfig
+from gist_dist.data.judged import MOST_NEGATIVES, open_hub
 
 PAIR = [("how to bake bread", "knead flour and water"), ("how to open a door", "turn the handle")]
 
@@ -327,6 +335,104 @@ def test_ms_marco_folders(tmp_path, separator):
     lines = [separator.join(judgement) for judgement in ("7001", "8011", "8000")]
     (tmp_path / "qrels.train.tsv").write_text("".join(line + "\n" for line in lines))
     assert [row[:2] for row in rows_of(source(tmp_path))] == [("query seven", 'said "one'), ("query eight", "two")]
+
+
+def test_documents_judged_0_are_dealt_out_as_hard_negatives(tmp_path):
+    lines = "q1\td1\t1\nq1\td2\t0\nq1\td3\t2\nq2\td3\t1\nq2\td1\t-1\nq1\td9\t0\nq3\td1\t0\n"
+    folder = beir(tmp_path / "set", lines=lines)
+    expected = [("query 1", "of one one", ("two",)), ("query 1", "three", ()), ("query 2", "three", ())]
+    assert [row[:3] for row in rows_of(source(folder))] == expected
+    assert [row[2] for row in rows_of(source(folder, columns={"negatives": []}))] == [(), (), ()]
+    assert [row[:3] for row in rows_of(source(folder, max_rows=1))] == expected[:1]
+    beir(tmp_path / "set", lines="q1\td1\t1\nq1\td1\t0\nq1\td2\t0\n")
+    assert [row[2] for row in rows_of(source(folder))] == [("two",)], "what is relevant is no negative"
+
+
+def test_a_row_has_a_bounded_number_of_judged_negatives(tmp_path):
+    folder = beir(tmp_path / "set", lines="q1\td1\t1\n" + "".join(f"q1\tn{i}\t0\n" for i in range(50)))
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.writelines(json.dumps({"_id": f"n{i}", "text": f"no {i}"}) + "\n" for i in range(50))
+    (row,) = rows_of(source(folder))
+    assert row[2] == tuple(f"no {i}" for i in range(MOST_NEGATIVES))
+
+
+def mteb(folder: Path, prefix: str = "", numbers: bool = False) -> Path:
+    """As MTEB keeps a retrieval set on the Hub: parquet files, and its subsets in the card."""
+
+    def ids(letter: str, *numbered: int) -> list[Any]:
+        return [*numbered] if numbers else [f"{letter}{number}" for number in numbered]
+
+    tables = {
+        "corpus": {"_id": ids("d", 1, 2), "title": ["of one", ""], "text": ["one", "two"]},
+        "queries": {"_id": ids("q", 1, 2), "text": ["query 1", "query 2"]},
+        "qrels": {"query-id": ids("q", 1, 2, 1), "corpus-id": ids("d", 1, 2, 2), "score": [1, 1, 0]},
+    }
+    subsets = []
+    for part, table in tables.items():
+        split = part if part != "qrels" else "train"
+        place = folder / f"{prefix}{part}" / f"{split}-00000-of-00001.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(table), place)
+        name = f"{prefix}{part}" if prefix or part != "qrels" else "default"
+        path = str(place.relative_to(folder))
+        subsets.append({"config_name": name, "data_files": [{"split": split, "path": path}]})
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': subsets})}---\n")
+    return folder
+
+
+MTEB_ROWS = [("query 1", "of one one", ("two",)), ("query 2", "two", ())]
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_mteb_folders(tmp_path, numbers):
+    assert [row[:3] for row in rows_of(source(mteb(tmp_path / "set", numbers=numbers)))] == MTEB_ROWS
+    assert "no split 'dev' in" in refused(tmp_path / "set", split="dev")
+    (tmp_path / "set" / "qrels").rename(tmp_path / "set" / "data")
+    assert [row[:3] for row in rows_of(source(tmp_path / "set"))] == MTEB_ROWS
+
+
+def read_hub(folder: Path, **options: Any) -> list[tuple]:
+    """By datasets' own loading code."""
+    reader = pickle.loads(pickle.dumps(open_hub(SourceConfig(path=str(folder), **options), "data.sources[0]")))
+    assert reader.paths == [] and reader.num_bytes > 0 and reader.fingerprint() == reader.fingerprint()
+    columns = [name for name in ("anchor", "positive", "negatives") if name in reader.head().columns]
+    ((start, cells),) = reader.read(columns, 0, None)
+    assert start == 0
+    return [*zip(*cells, strict=True)]
+
+
+def test_retrieval_sets_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    expected = [(anchor, positive, [*negatives]) for anchor, positive, negatives in MTEB_ROWS]
+    assert read_hub(mteb(tmp_path / "one")) == expected
+    assert read_hub(mteb(tmp_path / "many", "eng-"), subset="eng") == expected
+    with pytest.raises(UserError, match=r"no split 'dev' in .* \(has: train\); set split"):
+        read_hub(tmp_path / "one", split="dev")
+    pairs = mteb(tmp_path / "pairs")
+    (pairs / "README.md").unlink()
+    for part in ("corpus", "queries", "qrels"):
+        shutil.rmtree(pairs / part)
+    pq.write_table(pa.table({"anchor": ["a"], "positive": ["b"]}), pairs / "train.parquet")
+    assert read_hub(pairs) == [("a", "b")]
+
+
+def test_a_retrieval_set_whose_judgements_are_another_set(tmp_path, monkeypatch):
+    """As BEIR has them on the Hub."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = mteb(tmp_path / "set")
+    subsets = yaml.safe_load((folder / "README.md").read_text().split("---")[1])["configs"][:2]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': subsets})}---\n")
+    with pytest.raises(UserError, match=r"set-qrels' can't be loaded as a Hub dataset: "):
+        read_hub(folder)
+    (folder / "qrels").rename(tmp_path / "set-qrels")
+    expected = [(anchor, positive, [*negatives]) for anchor, positive, negatives in MTEB_ROWS]
+    assert read_hub(folder) == expected
+
+
+def test_a_retrieval_set_of_the_hub_that_is_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    told = refused(Path("mteb/no-such-set"))
+    assert "'mteb/no-such-set' is no file here, and can't be loaded as a Hub dataset" in told
 
 
 def test_judgements_without_a_line_have_no_rows(tmp_path):

@@ -78,6 +78,15 @@ class HubRows:
     def __reduce__(self) -> tuple[Any, ...]:
         return HubRows, (self.config, self.where)
 
+    @property
+    def paths(self) -> list[str]:
+        """On this machine, for a job to take along: none."""
+        return []
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dataset.data.nbytes
+
     def fingerprint(self) -> list[Any]:
         return [self.name, self.dataset._fingerprint]
 
@@ -111,6 +120,10 @@ class SourceFile:
     @property
     def paths(self) -> list[str]:
         return [self.path]
+
+    @property
+    def num_bytes(self) -> int:
+        return max(0, self.filesystem.get_file_info(self.path).size or 0)
 
     @property
     def format(self) -> str | None:
@@ -431,6 +444,28 @@ def reading(what: str, filesystem: pa.fs.FileSystem | None = None) -> Iterator[N
         if "invalid utf8" in str(error).lower():
             raise UserError(f"{what} is not UTF-8 text; convert it") from error
         raise UserError(f"{what} can't be read: {one_line(error)}") from error
+
+
+def hub_subsets(config: SourceConfig) -> list[str]:
+    """Of a Hub dataset; none where that can't be told, which loading it then explains."""
+    go_offline_if_unreachable()
+    import datasets
+
+    try:
+        return [*datasets.get_dataset_config_names(config.path, revision=config.revision)]
+    except Exception:
+        return []
+
+
+def hub_splits(config: SourceConfig) -> list[str]:
+    """Of the subset."""
+    import datasets
+
+    try:
+        return [*datasets.get_dataset_split_names(config.path, config.subset, revision=config.revision)]
+    except Exception as error:
+        subset = f" (subset {config.subset})" if config.subset else ""
+        raise UserError(f"'{config.path}'{subset} can't be loaded as a Hub dataset: {one_line(error)}") from error
 
 
 def _load_hub(config: SourceConfig, where: str) -> Any:

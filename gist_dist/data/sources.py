@@ -20,7 +20,7 @@ from gist_dist.common.redact import redact_address
 from gist_dist.common.text import SHORT
 from gist_dist.config import DataConfig, Filters, SourceConfig
 from gist_dist.data.formats import HubRows, SourceFile, suffix
-from gist_dist.data.judged import JudgedPairs
+from gist_dist.data.judged import JudgedPairs, open_hub
 from gist_dist.data.layouts import NoText, Roles, find_roles, holds_text, is_list, may_hold_text, text_of, texts_of
 from gist_dist.data.places import find_files
 
@@ -122,7 +122,7 @@ class Source:
         self.config = config
         self.where = f"data.sources[{number}]"
         found = find_files(config, self.where, root)
-        self.files: Sequence[SourceFile | JudgedPairs | HubRows] = self._as_set(found) or [HubRows(config, self.where)]
+        self.files: Sequence[SourceFile | JudgedPairs | HubRows] = self._as_set(found) or [open_hub(config, self.where)]
         self.heads = self._of_files(lambda file: file.head())
         self.roles: Roles | None = None
         self.columns = self._map_columns()

@@ -9,7 +9,6 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.text import one_line
 from gist_dist.config import ClusterConfig, RunConfig
 from gist_dist.data.corpus import Corpus, prepare, run_in_process
-from gist_dist.data.formats import HubRows
 from gist_dist.data.shards import Commit, Job
 from gist_dist.on_ray.cluster.connect import connected
 
@@ -95,9 +94,4 @@ def _job(reference: Any) -> Job:
 
 
 def _num_bytes(source: Any) -> int:
-    return sum(
-        file.dataset.data.nbytes
-        if isinstance(file, HubRows)
-        else max(0, file.filesystem.get_file_info(file.path).size or 0)
-        for file in source.files
-    )
+    return sum(file.num_bytes for file in source.files)
