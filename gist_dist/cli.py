@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_mine(commands)
     _add_cotrain(commands)
     _add_merge(commands)
+    _add_sweep(commands)
     _add_cluster(commands)
     command = commands.add_parser("evaluate", help="run MTEB tasks on a model, side by side as Ray tasks")
     command.add_argument("model", help="folder of a SentenceTransformer, or Hub id")
@@ -214,6 +215,15 @@ def _add_merge(commands: Any) -> None:
     told = "a parameter of the method, such as t=0.3 of slerp"
     command.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=told)
     command.set_defaults(run=_merge)
+
+
+def _add_sweep(commands: Any) -> None:
+    summary = "many runs of a recipe on Ray Tune, compared with statistics; the same command resumes"
+    command = commands.add_parser("sweep", help=summary, description=summary)
+    _add_recipe(command)
+    told = "YAML: arms, values, seeds, contrasts; see docs/sweeps.md"
+    command.add_argument("--over", type=Path, required=True, metavar="FILE", help=told)
+    command.set_defaults(run=_sweep)
 
 
 def _add_cluster(commands: Any) -> None:
@@ -390,6 +400,24 @@ def _merge(arguments: argparse.Namespace) -> int:
     folder = merge_models(arguments.models, arguments.output.absolute(), arguments.method, *options)
     _say([f"model    {folder}", f"to compare it with its parts: gist-dist evaluate {folder} --tasks …"])
     return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    config = _recipe(arguments)
+    from gist_dist.live import live_view
+    from gist_dist.on_ray.driver import Stopped
+    from gist_dist.on_ray.sweep import load_sweep, sweep
+
+    over = load_sweep(arguments.over)
+    print(f"gist_dist {__version__}: {config.name} over {over.name}", file=sys.stderr, flush=True)
+    try:
+        with live_view(over.name):
+            swept = sweep(config, over)
+    except Stopped as stopped:
+        print(f"gist-dist: {stopped}; the same command resumes", file=sys.stderr)
+        return INTERRUPTED
+    _say(["", *swept.lines()])
+    return 1 if swept.num_failed else 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

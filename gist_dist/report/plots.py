@@ -192,6 +192,32 @@ def overlay_plots(runs: list[list[dict[str, Any]]], over_rows: bool) -> list[Plo
     return plots
 
 
+def contrast_plot(contrasts: list[dict[str, Any]]) -> list[Plot]:
+    """The mean of every contrast with its 95 % interval; none without contrasts. In the page's section "scores"."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    if not contrasts:
+        return []
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.9 + 0.24 * len(contrasts)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0, color=COLORS["--muted"], linewidth=0.8)
+        for place, contrast in enumerate(contrasts):
+            color = LINES["--c2"] if contrast["mean"] < 0 else LINES["--c1"]
+            if contrast["low"] is not None:
+                axes.plot([contrast["low"], contrast["high"]], [place, place], color=color, linewidth=1.4)
+            every = contrast["differences"]
+            axes.plot(every, [place] * len(every), "|", color=color, markersize=6, alpha=0.6)
+            axes.plot(contrast["mean"], place, "o", color=color, markersize=5)
+        axes.set_yticks(range(len(contrasts)), [contrast["label"] for contrast in contrasts])
+        axes.set_ylim(len(contrasts) - 0.5, -0.5)
+        axes.set_xlabel("points")
+        axes.grid(axis="x")
+        title = "Difference of means, with its 95 % interval; a mark a seed"
+        return [Plot("contrasts", title, "scores", _svg(figure, "contrasts", title))]
+
+
 def _curves_of_run(spec: Curves, metrics: list[dict[str, Any]], max_grad_norm: float | None) -> Any:
     """A matplotlib Figure; None when no line has a value."""
     # The colour of a line stays its own when others have nothing to draw.

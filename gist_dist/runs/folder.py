@@ -70,6 +70,12 @@ class RunFolder:
             return False
         return isinstance(state, dict) and state.get("state") == "trained" and (self.folder / "model").is_dir()
 
+    def is_finished(self) -> bool:
+        """Trained, evaluated without failures, and reported."""
+        if not self.is_trained() or (self.folder / "mteb" / "failures.json").exists():
+            return False
+        return bool(self._environment().get("finished"))
+
     def write_data_summary(self, summary: dict[str, Any]) -> None:
         """data.json: what became of the data, and what the first epoch does with it (data/statistics.py)."""
         write_text(self.folder / "data.json", json.dumps(summary, indent=1))
