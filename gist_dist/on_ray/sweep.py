@@ -176,7 +176,7 @@ def sweep(recipe: RunConfig, over: SweepConfig) -> Sweep:
                 runner.run(list(plan_choices(recipe, over)))
                 chosen = choose(over, list(plan_choices(recipe, over)))
             runner.run(list(plan_trials(recipe, over, chosen)))
-    trials = [trial for trial in _known_trials(folder) if trial.seed in over.seeds]
+    trials = [trial for trial in _known_trials(folder) if trial.seed in over.seeds and trial.arm in (over.arms or {""})]
     trials = [_with_failure(trial, runner.failures) for trial in trials]
     written = write_sweep(over.name, trials, over.contrasts, over.metric, folder / "report.html")
     if runner.is_stopped:

@@ -222,7 +222,12 @@ def _headline(settings: list[dict[str, Any]], contrasts: list[dict[str, Any]], n
     text = f"{told}. Highest: {best['label']} with {best['mean']:.2f}"
     if contrasts:
         clear = sum(1 for contrast in contrasts if contrast["p_holm"] is not None and contrast["p_holm"] < CLEAR)
-        text += f"; {clear} of {plural(len(contrasts), 'contrast')} {'is' if clear == 1 else 'are'} clear"
+        told = (
+            "no contrast is"
+            if not clear
+            else f"{clear} of {plural(len(contrasts), 'contrast')} " + ("is" if clear == 1 else "are")
+        )
+        text += f"; {told} clear"
     return f"{text}."
 
 
