@@ -222,6 +222,108 @@ def test_sharded_weights_and_a_state_dict_are_loaded(tmp_path, plain):
         np.testing.assert_allclose(student_of(folder).model.encode("amber"), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kept", [0, 5, 9000])
+def test_weights_that_are_cut_off(plain, kept):
+    content = (plain / WEIGHTS).read_bytes()
+    (plain / WEIGHTS).write_bytes(content[:kept])
+    told = refusal(plain)
+    expected = f"model.safetensors is cut off: it has 9,000 of {len(content):,} bytes; download it again"
+    assert (expected if kept == 9000 else "model.safetensors is damaged or cut off: it does not begin as") in told
+
+
+def test_a_state_dict_or_a_module_that_is_cut_off(tmp_path, plain):
+    from safetensors.torch import load_file
+
+    torch.save(load_file(plain / WEIGHTS), plain / "pytorch_model.bin")
+    (plain / WEIGHTS).unlink()
+    (plain / "pytorch_model.bin").write_bytes((plain / "pytorch_model.bin").read_bytes()[:9000])
+    assert "pytorch_model.bin is damaged or cut off: its 9,000 bytes are no whole archive" in refusal(plain)
+    folder = zoo.save(tmp_path / "model", Kind(extra="dense"))
+    (folder / "2_Dense" / WEIGHTS).write_bytes((folder / "2_Dense" / WEIGHTS).read_bytes()[:-4])
+    assert "2_Dense/model.safetensors is cut off: it has" in refusal(folder)
+
+
+def test_shards_without_their_index(plain):
+    (plain / WEIGHTS).rename(plain / "model-00001-of-00002.safetensors")
+    assert "shards (model-00001-of-00002.safetensors) without the index that says what is in them" in refusal(plain)
+
+
+@pytest.mark.parametrize("other", ["names", "layers"])
+def test_weights_that_would_be_random_are_refused(tmp_path, other):
+    from safetensors.torch import load_file, save_file
+
+    folder = zoo.save(tmp_path / "model", Kind())
+    weights = load_file(folder / WEIGHTS)
+    without_pooler = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    assert len(without_pooler) < len(weights)
+    save_file(without_pooler, folder / WEIGHTS, metadata={"format": "pt"})
+    student_of(folder)  # what nothing uses may be missing
+    if other == "names":
+        kept = {f"other.{name}": tensor for name, tensor in without_pooler.items()}
+    else:
+        kept = {name: tensor for name, tensor in without_pooler.items() if "layer.1." not in name}
+    save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+    told = refusal(folder)
+    assert (
+        f"of {len(weights)} weights of 'M' are not in its files (" in told and "would be random; get the whole" in told
+    )
+
+
+@pytest.mark.parametrize("architecture", zoo.ARCHITECTURES)
+def test_whole_models_lack_no_weight(tmp_path, architecture):
+    """Whatever transformers ties, renames or leaves out."""
+    student_of(zoo.save_plain(tmp_path / "model", Kind(architecture)))
+
+
+def test_a_module_whose_folder_is_missing(tmp_path):
+    folder = zoo.save(tmp_path / "model", Kind(extra="normalize"))
+    for empty in folder.glob("2_*"):  # Git keeps no empty folder
+        shutil.rmtree(empty)
+    student_of(folder)
+    shutil.rmtree(folder / "1_Pooling")
+    assert "modules.json names a Pooling in 1_Pooling/, and there is no such folder" in refusal(folder)
+    folder = zoo.save(tmp_path / "other", Kind(extra="dense"))
+    (folder / "2_Dense" / WEIGHTS).unlink()
+    assert "the Dense in 2_Dense/ has no weights" in refusal(folder)
+
+
+def test_an_adapter_beside_a_whole_model(plain):
+    (plain / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "the/base"}')
+    assert "a whole model and beside it a PEFT adapter of 'the/base', which would be loaded in its" in refusal(plain)
+
+
+def test_quantized_weights(plain):
+    zoo.with_settings(plain, "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert "its weights are quantized (bitsandbytes), which can't be trained" in refusal(plain)
+
+
+@pytest.mark.parametrize("names", [("tokenizer.json",), ("tokenizer.json", "tokenizer_config.json")])
+def test_a_model_without_a_vocabulary(tmp_path, names):
+    folder = zoo.save(tmp_path / "model", Kind())
+    for name in names:
+        (folder / name).unlink()
+    assert "has no vocabulary (tokenizer.json, vocab.txt, …); copy the tokenizer files" in refusal(folder)
+
+
+def test_code_of_its_own_that_does_not_run(plain):
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModel": "own.OwnModel"}
+    zoo.with_settings(plain, "config.json", model_type="own", auto_map=classes)
+    assert "it has code of its own (own.OwnConfig), which runs only where you trust it" in refusal(plain)
+    elsewhere = {key: f"other/repo--{value}" for key, value in classes.items()}
+    zoo.with_settings(plain, "config.json", auto_map=elsewhere)
+    told = refusal(plain, trust_remote_code=True)
+    assert "its code lies in 'other/repo' on the Hub, which can't be loaded; copy the .py files" in told
+
+
+def test_a_module_that_asks_for_more_than_tokens(tmp_path, plain):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import LSTM, Pooling, Transformer
+
+    modules = [Transformer(str(plain)), LSTM(32, 16), Pooling(32)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "model"))
+    assert "can't embed two texts: one of its modules asks for 'sentence_lengths', which" in refusal(tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("file", "values", "told"),
     [
@@ -263,6 +365,11 @@ def test_a_plain_decoder_is_spoken_of_and_licence_files_are_passed_on(tmp_path, 
         (lambda folder: (folder / "zero_to_fp32.py").write_text(""), "it is a DeepSpeed checkpoint"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 2000), "weights and no config.json"),
         (lambda folder: (folder / "m.gguf").write_bytes(b""), "no config.json, only m.gguf"),
+        (
+            lambda folder: zoo.save_plain(folder / "v0-2025" / "checkpoint-5"),
+            "but v0-2025/checkpoint-5/ has: name that",
+        ),
+        (lambda folder: zoo.save_plain(folder / "snapshots" / "abc"), "but snapshots/abc/ has: name that folder"),
         (lambda folder: None, "it has no config.json or modules.json"),
     ],
 )

@@ -59,6 +59,13 @@ def run_of(folder: Path, model: Path, of_recipe: dict, *of_sources: dict | None)
         (BY_ROLE, {"anchor": ""}, ("", "new : ", "new : "), None),
         (BY_ROLE, {"positive": "cold : "}, ("old : ", "cold : ", "cold : "), None),
         (BY_ROLE, {"negatives": ""}, ("old : ", "new : ", ""), None),
+        (
+            {"prompts": {"query": "old : ", "passage": "new : "}, "default_prompt_name": None},
+            {},
+            ("old : ", "new : ", "new : "),
+            None,
+        ),
+        ({"prompts": {"corpus": "new : "}, "default_prompt_name": None}, {"positive": ""}, ("", "", ""), None),
         (BY_DEFAULT, {}, ("wide : ", "wide : ", "wide : "), "task"),
         (BY_DEFAULT, {"anchor": "cold : ", "positive": "loud : "}, ("cold : ", "loud : ", "loud : "), "task"),
         (BY_DEFAULT, {"anchor": "cold : ", "positive": "cold : "}, ("cold : ", "cold : ", "cold : "), "query"),

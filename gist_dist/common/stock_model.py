@@ -15,13 +15,21 @@ class Prompts(NamedTuple):
     document: str
 
 
+NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
+"""What models call them; encode_document means to take the first that there is."""
+
+
 def prompts_of(model: Any, given: Mapping[str, str | None]) -> Prompts:
     """Those given, and for a role without one the model's own, as its encode_query and encode_document have it; its
     default prompt for both roles where it has none by role."""
-    own = {role: model.prompts.get(role) or "" for role in Prompts._fields}
+    own = {role: _first(model.prompts, names) for role, names in NAMES.items()}
     if not any(own.values()) and model.default_prompt_name:
         own = dict.fromkeys(own, model.prompts.get(model.default_prompt_name) or "")
     return Prompts(**{role: own[role] if given.get(role) is None else str(given[role]) for role in own})
+
+
+def _first(prompts: Mapping[str, str | None], names: tuple[str, ...]) -> str:
+    return next((text for name in names if (text := prompts.get(name))), "")
 
 
 class Adopted(NamedTuple):

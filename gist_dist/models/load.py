@@ -14,12 +14,15 @@ from gist_dist.common.hub import go_offline_if_unreachable
 from gist_dist.common.stock_model import ensure_padding, hold_limit, position_limit
 from gist_dist.common.text import one_line
 from gist_dist.config import GuideConfig, StudentConfig
-from gist_dist.models.folder import other_family, stored_dtype, what_is_wrong, what_to_say
+from gist_dist.models.folder import NO_VOCABULARY, other_family, stored_dtype, what_is_wrong, what_to_say, why_it_failed
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
+
+LOADED = "_is_hf_initialized"
+"""What transformers marks weights with that it has read, and modules that it has looked at."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def _made_ready(
                 f"{section}.model: '{name}' has a prompt that is no text, {prompt_name!r} in "
                 "config_sentence_transformers.json; fix it there"
             )
+    _refuse_random_weights(model, name, section)
     model.float()  # what is stored narrower loses nothing, and small steps then add up
     _ensure_padding(model, name, section)
     _refuse_tokens_beyond_the_table(model, name, section)
@@ -102,7 +106,7 @@ def load_sentence_transformer(
     except Exception as error:
         away = offline and isinstance(error, OSError)
         found = _folder_of(name, config.revision)
-        reason = (found and what_is_wrong(found)) or cause_of(error)
+        reason = (found and (what_is_wrong(found) or why_it_failed(found, config.trust_remote_code))) or cause_of(error)
         reason = "the Hub is out of reach and its cache hasn't it" if away else reason
         raise UserError(f"{section}.model: '{name}' can't be loaded: {reason}") from error
     if is_flash:
@@ -170,6 +174,29 @@ def _refuse_other_kinds(model: "SentenceTransformer", name: str, section: str) -
         )
     if not hasattr(model.tokenizer, "pad"):
         raise UserError(f"{section}.model: '{name}' has no tokenizer of transformers; copy its tokenizer files to it")
+    tokenizer = model.tokenizer
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # made up by transformers
+        raise UserError(f"{section}.model: '{name}' can't be used: {NO_VOCABULARY}")
+
+
+def _refuse_random_weights(model: "SentenceTransformer", name: str, section: str) -> None:
+    """Weights that the files lack, transformers makes at random, and only logs it."""
+    transformer = transformer_of(model)
+    if not any(getattr(module, LOADED, False) for module in transformer.modules()):
+        return  # by other code than transformers'
+    named = {n: p for n, p in transformer.named_parameters() if "lora_" not in n}
+    random = {n: p for n, p in named.items() if not getattr(p, LOADED, False)}
+    if not random:
+        return
+    with torch.enable_grad():  # a pooler that nothing uses does no harm
+        model(model.preprocess(["a text"]))["sentence_embedding"].sum().backward()
+    used = [n for n, p in random.items() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    if used:
+        raise UserError(
+            f"{section}.model: {len(used)} of {len(named)} weights of '{name}' are not in its files ({used[0]}), and "
+            "would be random; get the whole model, or the config.json that belongs to these files"
+        )
 
 
 def _ensure_padding(model: "SentenceTransformer", name: str, section: str) -> None:

@@ -46,7 +46,9 @@ def check_encoder(encoder: "Encoder") -> Measured:
             with encoder.autocast():
                 stock = {how: _stock(encoder.model, how, [SHORT, LONG]) for how in hows}
         except Exception as error:
-            raise UserError(f"{name} can't embed two texts: {cause_of(error)}") from error
+            needs = f"one of its modules asks for {error}, which texts don't have"
+            cause = needs if isinstance(error, KeyError) else cause_of(error)
+            raise UserError(f"{name} can't embed two texts: {cause}") from error
     if not bool(torch.isfinite(together).all()):
         raise UserError(f"{name} gives embeddings that are not finite; its weights are damaged, or its attention is")
     if (difference := _distance(alone, together)) > bound:
