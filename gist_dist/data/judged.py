@@ -237,12 +237,12 @@ def _texts(readers: Sequence[Reader], wanted: set[str]) -> dict[str, Any]:
     for reader in readers:
         if isinstance(reader, SourceFile) and reader.format == "csv":
             reader = replace(reader, options=TSV.model_copy(update={"names": ("id", "text")}))
-        known = reader.head().columns
+        known, _, may_have_more = reader.head()
         id_column = next((name for name in ("_id", "id") if name in known), None)
         if known and (id_column is None or "text" not in known):
             listed = ", ".join(known)
             raise UserError(f"{reader.where}: {reader.name} has no ids and texts (_id and text; has: {listed})")
-        columns = [id_column or "_id", "text", "title" if "title" in known else "text"]
+        columns = [id_column or "_id", "text", "title" if "title" in known or may_have_more else "text"]
         for _, cells in reader.read(columns, 0, None):
             for id, text, title in zip(*cells, strict=True):
                 if str(id) in wanted:
