@@ -133,9 +133,9 @@ class JudgedPairs:
 
     def _scores(self) -> Iterator[tuple[str, str, float]]:
         """Query id, document id and score of every judgement."""
-        for reader in self.judgements:
-            has_header = isinstance(reader, SourceFile) and reader.format == "csv"
-            reader = _with_names(reader) if isinstance(reader, SourceFile) and has_header else reader
+        for file in self.judgements:
+            has_header = isinstance(file, SourceFile) and file.format == "csv"
+            reader = _with_names(file) if isinstance(file, SourceFile) and has_header else file
             if reader is None:
                 continue
             known = reader.head().columns

@@ -64,7 +64,7 @@ def can_pack(model: nn.Sequential, is_bf16: bool, device: torch.device) -> bool:
         and getattr(config, "position_embedding_type", "absolute") in ("absolute", None)
         and type(pooling).__name__ == "Pooling"
         and pooling.pooling_mode in ("mean", "cls")
-        and pooling.include_prompt
+        and bool(pooling.include_prompt)
         and all(type(module).__name__ in ("Normalize", "Dense") for module in others)
         and (is_bf16 or device.type != "cuda")
     )

@@ -17,14 +17,17 @@ def settled(config: RunConfig, before: RunConfig | None = None) -> RunConfig:
     """A recipe without auto: what the run began with, else what suits this machine. before: the run's recipe as it was
     recorded."""
     device = torch.device("cuda" if torch.cuda.is_available() and config.cluster.gpus_per_worker != 0 else "cpu")
-    changes: dict[str, StudentConfig | GuideConfig] = {}
-    for section in ("student", "guide"):
-        encoder: StudentConfig | GuideConfig | None = getattr(config, section)
-        if encoder is not None and encoder.precision == "auto":
-            began: StudentConfig | GuideConfig | None = getattr(before, section, None)
-            changes[section] = _with(encoder, began.precision) if began else for_device(encoder, device)
-            logger.info("%s.precision: auto is %s", section, changes[section].precision)
-    return config.model_copy(update=changes)
+    student = _settled("student", config.student, before and before.student, device)
+    guide = config.guide and _settled("guide", config.guide, before and before.guide, device)
+    return config.model_copy(update={"student": student, "guide": guide})
+
+
+def _settled(name: str, section: EncoderConfig, before: EncoderConfig | None, device: torch.device) -> EncoderConfig:
+    if section.precision != "auto":
+        return section
+    found = _with(section, before.precision) if before else for_device(section, device)
+    logger.info("%s.precision: auto is %s", name, found.precision)
+    return found
 
 
 def for_device(config: EncoderConfig, device: torch.device) -> EncoderConfig:
