@@ -190,6 +190,43 @@ def test_text_that_parquet_calls_binary(tmp_path):
     assert read.report.dropped == {"positive is binary that is not UTF-8, not text": 1}
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"query": "a", "response": "b", "label": 0.0}],
+        [{"messages": said_by("a"), "positive_messages": [said_by("b")], "label": 1}],
+    ],
+)
+def test_graded_pairs_of_ms_swift_are_asked_about(tmp_path, rows):
+    assert "the source has 'label' beside" in refused(write(tmp_path, rows))
+    columns = dict(zip(("anchor", "positive"), rows[0], strict=False))
+    assert rows_of(source(write(tmp_path, rows), columns=columns)) == [("a", "b", ())]
+
+
+@pytest.mark.parametrize("grade", ["label", "score"])
+def test_columns_that_one_may_think_are_used_are_spoken_of(tmp_path, grade):
+    read = source(write(tmp_path, [{"anchor": "a", "positive": "b", grade: 0, "images": ["x.jpg"]}]))
+    assert rows_of(read) == [("a", "b", ())]
+    (told,) = read.report.told()
+    assert f"'{grade}' is not used, and every row is taken as a positive pair" in told
+    assert "'images' is not used: only texts are trained" in told
+    if grade == "label":
+        read = source(write(tmp_path, [{"anchor": "a", "positive": "b", "label": 0}]), columns={"label": "label"})
+        assert rows_of(read) and not read.report.told()
+
+
+def test_lists_in_csv_as_pandas_writes_them(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("""query,pos,neg\nq,"['p1', 'its']","['n1']"\n[a],[b] c,[not a list]\n""")
+    assert rows_of(source(path)) == [("q", "p1", ("n1",)), ("q", "its", ("n1",)), ("[a]", "[b] c", ("[not a list]",))]
+
+
+def test_notes_beside_the_data_are_not_what_is_advised(tmp_path):
+    write(tmp_path, [{"anchor": "a", "positive": "b"}], "parquet")
+    (tmp_path / "metadata.json").write_text("{}")
+    assert refused(tmp_path).endswith("name those of one with a glob, such as *.parquet")
+
+
 # ------------------------------------------------------------------------------------------------------- text formats
 
 

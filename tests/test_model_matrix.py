@@ -131,6 +131,7 @@ def test_trained_embeddings_are_those_of_the_saved_model(tmp_path, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("architecture", zoo.ARCHITECTURES)
 def test_the_whole_matrix(tmp_path, architecture):
     """250 cells of each architecture, half a second each."""

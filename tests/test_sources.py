@@ -621,7 +621,7 @@ def test_folders_of_several_formats(tmp_path):
     write_jsonl(tmp_path / "x.jsonl")
     write_csv(tmp_path / "x.csv")
     message = (
-        "data.sources[0]: {} has files of 2 formats (x.csv, x.jsonl); name those of one with a glob, such as *.csv"
+        "data.sources[0]: {} has files of 2 formats (x.csv, x.jsonl); name those of one with a glob, such as *.jsonl"
     )
     assert refused(tmp_path) == message.format(tmp_path)
     assert refused(tmp_path / "x.*") == message.format(tmp_path / "x.*")

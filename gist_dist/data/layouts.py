@@ -9,6 +9,7 @@ messages, positive_messages, negative_messages      ms-swift: lists of {role, co
 [instruction, text] in place of every text          MEDI, with columns.instructions
 """
 
+import ast
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ NEGATIVES = (
 )
 GRADES = ("label", "labels", "score", "similarity_score", "gold_label")
 """Of pairs that need not be positive: STS, NLI, paraphrases."""
+OTHER_SENSES = ("images", "image", "videos", "audios")
 TEXTS = ("text", "sentence", "sentences")
 ROW_PROMPTS = ("prompt", "instruction")
 PASSAGE_TEXTS = ("text", "content", "contents")
@@ -80,17 +82,22 @@ class Roles(NamedTuple):
     prompt: str | None
 
     def told(self, known: Iterable[str]) -> str:
-        """For the plan, of a layout that isn't anchor, positive and negatives; else empty."""
+        """For the plan, of a layout that isn't anchor, positive and negatives, or has columns that one may think are
+        used; else empty."""
+        known = set(known)
+        unread = [name for name in GRADES if name in known and name not in self]
+        notes = [f"'{unread[0]}' is not used, and every row is taken as a positive pair"] if unread else []
+        notes += [f"'{name}' is not used: only texts are trained" for name in OTHER_SENSES if name in known]
         if (self.anchor, self.positive, self.prompt) == ("anchor", "positive", None) and all(
             re.match("negative", name) for name in self.negatives
         ):
-            return ""
+            return "; ".join(notes)
         told = [f"'{self.anchor}' as anchor", f"'{self.positive}' as positive"]
         told += [f"{', '.join(map(repr, self.negatives))} as negatives"] if self.negatives else []
         told += [f"'{self.prompt}' before the anchor"] if self.prompt else []
         unused = [name for name in ROW_PROMPTS if name in known and name not in self]
         hint = f"; '{unused[0]}' is not used (set columns.prompt to put it before the anchor)" if unused else ""
-        return f"reads {', '.join(told)}{hint}"
+        return "; ".join([f"reads {', '.join(told)}{hint}", *notes])
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,9 @@ def find_roles(columns: Columns, known: Iterable[str], where: str) -> Roles:
     """
     names = set(known)
     anchor, positive = columns.anchor, columns.positive
+    if anchor is None and positive is None and names & {"messages", "response"} and "label" in names:  # ms-swift
+        swift = ("query", "response") if "response" in names else ("messages", "positive_messages")
+        _refuse_grades(swift, {"label"}, where)
     if anchor is None and positive is None:
         pair = next((pair for pair in PAIRS if names.issuperset(pair)), None)
         if pair and not names & {"anchor", "positive"}:
@@ -233,6 +243,17 @@ def _of_bytes(cell: bytes) -> Any:
         return cell.decode()
     except UnicodeDecodeError:
         return NoText("is binary that is not UTF-8, not text")
+
+
+def read_literal(cell: Any) -> Any:
+    """The list of texts that a CSV cell is the text of, as pandas writes lists; any other cell as it is."""
+    if not isinstance(cell, str) or not (cell.startswith("[") and cell.endswith("]")):
+        return cell
+    try:
+        texts = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return cell
+    return texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else cell
 
 
 def holds_text(text: Any) -> bool:

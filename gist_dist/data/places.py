@@ -179,7 +179,7 @@ def _of_one_format(files: list[SourceFile], config: SourceConfig, where: str) ->
         listed = ", ".join(f"{file.name}" for _, file in sorted(examples.items()))
         raise UserError(
             f"{where}: {config.path} has files of {len(examples)} formats ({listed}); name those of one with a glob, "
-            f"such as *{suffix(files[0].name)}"
+            f"such as *{suffix(max(files, key=lambda file: file.num_bytes).name)}"
         )
     return files
 

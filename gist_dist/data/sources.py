@@ -21,7 +21,17 @@ from gist_dist.common.text import SHORT
 from gist_dist.config import DataConfig, Filters, SourceConfig
 from gist_dist.data.formats import HubRows, SourceFile, suffix
 from gist_dist.data.judged import JudgedPairs, open_hub
-from gist_dist.data.layouts import NoText, Roles, find_roles, holds_text, is_list, may_hold_text, text_of, texts_of
+from gist_dist.data.layouts import (
+    NoText,
+    Roles,
+    find_roles,
+    holds_text,
+    is_list,
+    may_hold_text,
+    read_literal,
+    text_of,
+    texts_of,
+)
 from gist_dist.data.places import find_files
 
 PART_ROWS = 2**17
@@ -129,7 +139,7 @@ class Source:
         self.report = self.new_report()
 
     def new_report(self) -> SourceReport:
-        layout = self.roles.told(self._known_columns()) if self.roles else ""
+        layout = self.roles.told(self._known_columns() - {self.config.columns.label}) if self.roles else ""
         return SourceReport(self.config.label, redact_address(self.config.path), layout=layout)
 
     def _as_set(self, files: list[Any]) -> list[Any]:
@@ -142,6 +152,10 @@ class Source:
             kinds = "CSV, TSV or JSON" if useless[0] == "encoding" else "CSV or TSV"
             raise UserError(f"{self.where}.format.{useless[0]}: the source has no {kinds} file; remove it")
         return [replace(file, options=options) if isinstance(file, SourceFile) else file for file in files]
+
+    @property
+    def is_csv(self) -> bool:
+        return any(isinstance(file, SourceFile) and file.format == "csv" for file in self.files)
 
     def _known_columns(self) -> set[str]:
         return {name for head in self.heads for name in head.columns}
@@ -248,7 +262,10 @@ class Source:
         """Anchor, positive and negatives of each row, and which of the rows read it is made of; what is not text is
         still in there."""
         assert self.roles is not None
-        anchors, positives, *cells = columns
+        anchors, *others = columns
+        if self.is_csv:
+            others = [list(map(read_literal, column)) for column in others]
+        positives, *cells = others
         if self.roles.prompt is not None:
             anchors = list(map(_after_prompt, self._texts(anchors), cells.pop()))
         else:
