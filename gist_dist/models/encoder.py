@@ -28,7 +28,7 @@ from gist_dist.models.cpu_dropout import FastDropout
 from gist_dist.models.folder import licence_files
 from gist_dist.models.load import Loaded, load, transformer_of
 from gist_dist.models.packing import Packed, can_pack, embed_packed, pack, prepare_model
-from gist_dist.models.precision import for_device
+from gist_dist.models.precision import suited
 from gist_dist.models.probe import check_encoder, check_saved, measure
 from gist_dist.models.tokenizer import TextTokenizer, Tokens, backend_tokens
 
@@ -83,7 +83,7 @@ class Encoder:
         loaded: Loaded | None = None,
     ) -> None:
         """loaded: a model that is there already, in place of the recipe's."""
-        config = for_device(config, torch.device(device))
+        config = config.model_copy(update={"precision": suited(config.precision, torch.device(device))})
         self.config, self.precision = config, config.precision
         self.loaded = loaded or load(config, section, device)
         self.model = self.loaded.model
