@@ -96,7 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_cluster(commands)
     command = commands.add_parser("evaluate", help="run MTEB tasks on a model, side by side as Ray tasks")
     command.add_argument("model", help="folder of a SentenceTransformer, or Hub id")
-    command.add_argument("--tasks", nargs="+", required=True, help="MTEB tasks, or folders in --local-tasks")
+    command.add_argument("--tasks", nargs="+", default=[], help="MTEB tasks, or folders in --local-tasks")
+    suites = "such as 'MTEB(eng, v2)', or of your own: NAME for NAME.yaml in --local-tasks"
+    command.add_argument("--benchmark", nargs="+", default=[], metavar="NAME", help=suites)
+    only = "of tasks in several languages only the parts in these (deu, fra, ...)"
+    command.add_argument("--languages", nargs="+", default=[], metavar="CODE", help=only)
     command.add_argument("--local-tasks", help="folder of task folders read instead of the Hub")
     command.add_argument("--output", default="mteb", help="folder for MTEB's result files (default: %(default)s)")
     command.add_argument("--address", help="of a Ray cluster; by default $RAY_ADDRESS or a local Ray")
@@ -424,7 +428,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     local_tasks = str(Path(arguments.local_tasks).absolute()) if arguments.local_tasks else None
     options = {"tasks": arguments.tasks, "local_tasks": local_tasks, "batch_size": arguments.batch_size}
     options |= {"task_timeout_minutes": arguments.task_timeout}
+    options |= {"benchmark": arguments.benchmark, "languages": arguments.languages}
     evaluate = parse_section(EvaluateConfig, options, "gist-dist evaluate")
+    if not evaluate.is_wanted:
+        raise UserError("evaluate: nothing to score; name --tasks or a --benchmark")
     from gist_dist.live import live_view
     from gist_dist.on_ray.tasks.evaluation import evaluate_one_model
 

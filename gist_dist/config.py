@@ -525,7 +525,13 @@ Every = Annotated[
 
 class EvaluateConfig(Section):
     tasks: tuple[str, ...] = ()
-    """MTEB tasks (or names of folders in local_tasks) run after training; [] trains only."""
+    """MTEB tasks (or names of folders in local_tasks) run after training; [] trains only. A part of one is
+    Tatoeba[deu-eng, fra-eng], a split MSMARCO@dev."""
+    benchmark: Annotated[tuple[str, ...], BeforeValidator(_as_list, str | tuple[str, ...])] = ()
+    """Benchmarks of MTEB's, such as MTEB(eng, v2), NanoBEIR or RTEB(beta), one or a list; or of your own: NAME for
+    local_tasks/NAME.yaml with `tasks: [...]`. Their tasks are run after training as well."""
+    languages: tuple[str, ...] = ()
+    """Of tasks in several languages only the parts in these (ISO 639-3, as deu). []: all."""
     baseline: bool = True
     """Also run them on the untrained student."""
     guide: bool = False
@@ -550,6 +556,11 @@ class EvaluateConfig(Section):
     """Texts encoded at once."""
     task_timeout_minutes: float | None = Field(default=1440, gt=0)
     """A task that takes longer is ended and reported as failed, the others go on; null: no limit."""
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anything is scored after training."""
+        return bool(self.tasks or self.benchmark)
 
 
 def _check_num_workers(value: Any) -> Any:

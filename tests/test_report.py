@@ -162,6 +162,8 @@ def test_complete_run_leaves_page_numbers_and_plots(complete):
         "name",
         "verdict",
         "tasks",
+        "benchmarks",
+        "languages",
         "training",
         "evaluations",
         "data",

@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ from gist_dist.common.stock_model import Prompts, adopted, ensure_padding, hold_
 from gist_dist.common.text import one_line
 from gist_dist.common.untrusted import Shape, load_plain_json, problem
 from gist_dist.config import EvaluateConfig
+from gist_dist.evaluation.names import parse_task
 from gist_dist.evaluation.tasks import content_hash, data_revision, import_mteb, load_task, local_folder
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Score:
     """Name of the main score, such as cosine_spearman."""
     seconds: float
     """Time that data loading and evaluation took."""
+    part: str = ""
+    """What of the task was scored, as in its name; "": all."""
+    languages: dict[str, float] = field(default_factory=dict)
+    """ISO 639-3 code -> mean over the subsets in that language; {} where the task tells none."""
 
 
 Name = Annotated[str, Field(min_length=1, max_length=255)]
@@ -49,6 +54,7 @@ Name = Annotated[str, Field(min_length=1, max_length=255)]
 class _Entry(Shape):
     main_score: float
     hf_subset: str | None = None
+    languages: list[str] = Field(default_factory=list)
 
 
 class _Result(Shape):
@@ -65,6 +71,7 @@ class _Details(Shape):
 
     kind: Name = "unknown"
     metric: Name = "main_score"
+    part: str = ""
 
 
 RESULT, DETAILS = TypeAdapter(_Result), TypeAdapter(_Details)
@@ -80,7 +87,8 @@ def evaluate_task(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Score a model (SentenceTransformer folder or Hub id) on one task; the result is folder/<task>.json.
+    """Score a model (SentenceTransformer folder or Hub id) on one task, or a part of it; the result is
+    folder/<name of the task>.json.
 
     prompts: put over the model's own, by MTEB's names ("query", "document", a task's name or type); null: the model's
     own. None: the model as it is. A result of the same model content, prompts and local data is left as it is; any
@@ -88,7 +96,7 @@ def evaluate_task(
     unusable task or data that can't be loaded.
     """
     folder = Path(folder)
-    file = folder / f"{task}.json"
+    file, part = result_file(folder, task), parse_task(task).part
     identity = model_identity(model, revision, prompts)
     if finished_score(folder, task, evaluate, identity) is not None:
         return file
@@ -119,10 +127,11 @@ def evaluate_task(
         ) from error
 
     meta = mteb_task.metadata
-    details = json.dumps({"kind": meta.type, "metric": meta.main_score, "model": identity}, indent=2)
+    told = {"kind": meta.type, "metric": meta.main_score, "model": identity}
+    details = json.dumps(told | {"part": part} if part else told, indent=2)
     card = json.dumps(_model_meta(wrapped), default=str, indent=4)
     write_text(folder / "model_meta.json", card)
-    write_text(_details_file(folder, task), details)
+    write_text(_details_file(file), details)
     write_atomically(file, result.to_disk)  # last: what is there counts
     return file
 
@@ -184,7 +193,7 @@ def result_files(folder: Path) -> list[Path]:
 
 def read_result(file: Path) -> Score:
     """UserError if the file is not an MTEB result."""
-    details_file = _details_file(file.parent, file.stem)
+    details_file = _details_file(file)
     result = _read(file, RESULT)
     details = _read(details_file, DETAILS) if details_file.is_file() else {}
     mains = [entry["main_score"] for split in result["scores"].values() for entry in split]
@@ -196,7 +205,17 @@ def read_result(file: Path) -> Score:
         main_score=fmean(mains) if all(map(math.isfinite, mains)) else math.nan,
         metric=details.get("metric", "main_score"),
         seconds=float(result["evaluation_time"] or 0.0),
+        part=details.get("part", ""),
+        languages=_by_language(result["scores"]),
     )
+
+
+def _by_language(scores: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for entry in (entry for split in scores.values() for entry in split):
+        for language in {code.split("-")[0] for code in entry.get("languages", [])}:
+            found.setdefault(language, []).append(entry["main_score"])
+    return {language: fmean(found[language]) for language in sorted(found)}
 
 
 def _read(file: Path, shape: Any) -> dict[str, Any]:
@@ -210,16 +229,19 @@ def _read(file: Path, shape: Any) -> dict[str, Any]:
 
 
 def finished_score(folder: Path, task: str, evaluate: EvaluateConfig, identity: str) -> Score | None:
-    """The result that is there, if it is of this model and, for a local task, of the data as they are now."""
+    """The result that is there, if it is of this model and this part of the task and, for a local task, of the data as
+    they are now."""
+    wanted, file = parse_task(task), result_file(folder, task)
     try:
-        score = read_result(folder / f"{task}.json")
-        details = json.loads(_details_file(folder, task).read_text(encoding="utf-8"))
-        revision = json.loads((folder / f"{task}.json").read_text(encoding="utf-8"))["dataset_revision"]
-        local = local_folder(task, evaluate.local_tasks)
+        score = read_result(file)
+        details = json.loads(_details_file(file).read_text(encoding="utf-8"))
+        revision = json.loads(file.read_text(encoding="utf-8"))["dataset_revision"]
+        local = local_folder(wanted.name, evaluate.local_tasks)
         same_data = local is None or revision == data_revision(local)
     except (UserError, OSError, ValueError, KeyError):
         return None
-    return score if same_data and score.task == task and details.get("model") == identity else None
+    same_task = (score.task, score.part) == (wanted.name, wanted.part)
+    return score if same_data and same_task and details.get("model") == identity else None
 
 
 def model_identity(
@@ -231,6 +253,11 @@ def model_identity(
     return hashlib.sha256(json.dumps([content, given], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _details_file(folder: Path, task: str) -> Path:
+def result_file(folder: Path, task: str) -> Path:
+    """MTEB has one a task, whichever part of it was scored."""
+    return Path(folder) / f"{parse_task(task).name}.json"
+
+
+def _details_file(result: Path) -> Path:
     # Beside, not in, MTEB's result: that file stays exactly as MTEB writes it.
-    return folder / "details" / f"{task}.json"
+    return result.parent / "details" / result.name

@@ -1,4 +1,5 @@
-"""The MTEB task of a name: one of MTEB's, its data from the Hub or a local folder, or an evaluation set of the user's.
+"""The MTEB task of a name: one of MTEB's, its data from the Hub or a local folder, or an evaluation set of the user's;
+of it the parts that the name says (names.py).
 
 A folder ``local_tasks/<Name>`` is read instead of the Hub if Name is registered; otherwise it is an evaluation set of
 the user's (evaluation_sets.py).
@@ -18,6 +19,7 @@ from gist_dist.common.storage import copies_folder
 from gist_dist.common.text import one_line
 from gist_dist.config import HELD_OUT, EvaluateConfig
 from gist_dist.evaluation.local_sets import check_column, listed, own_task
+from gist_dist.evaluation.names import TaskName, parse_task
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -34,9 +36,11 @@ def check_tasks(evaluate: EvaluateConfig, others: Sequence[str] = ()) -> None:
         return
     if evaluate.local_tasks is not None and not Path(evaluate.local_tasks).expanduser().is_dir():
         raise UserError(f"evaluate.local_tasks: no folder '{evaluate.local_tasks}'; create it or set null")
-    for name in names:
+    _refuse_two_parts(evaluate.tasks)
+    for written in names:
+        name = parse_task(written).name
         folder = local_folder(name, evaluate.local_tasks)
-        task = load_task(name, evaluate.local_tasks)
+        task = load_task(written, evaluate.local_tasks)
         if task.metadata.modalities != ["text"]:
             needed = " and ".join(task.metadata.modalities)
             raise UserError(f"evaluate.tasks: {name} is about {needed}; only tasks on text can be evaluated")
@@ -46,23 +50,73 @@ def check_tasks(evaluate: EvaluateConfig, others: Sequence[str] = ()) -> None:
             task.load_data()
 
 
-def load_task(name: str, local_tasks: str | None) -> "AbsTask":
-    """The MTEB task of that name; its data are read when it is evaluated. UserError if there is none."""
-    folder = local_folder(name, local_tasks)
-    if name in registered_tasks():
-        return import_mteb().get_task(name) if folder is None else _registered_task(name, folder)
+def _refuse_two_parts(tasks: Sequence[str]) -> None:
+    """MTEB has one result file a task, and a mean counts it once."""
+    parts: dict[str, str] = {}
+    for name, part in ((task.name, task.part) for task in map(parse_task, tasks)):
+        if parts.setdefault(name, part) != part:
+            raise UserError(
+                f"evaluate.tasks: {name}{part} and {name}{parts[name]}: a task has one result; write one of them"
+            )
+
+
+def load_task(written: str, local_tasks: str | None) -> "AbsTask":
+    """The MTEB task of that name, or the part of it; its data are read when it is evaluated. UserError if there is
+    none."""
+    wanted = parse_task(written)
+    folder = local_folder(wanted.name, local_tasks)
+    if wanted.name in registered_tasks():
+        _check_part(wanted)
+        return _part_of_registered(wanted) if folder is None else _registered_task(wanted, folder)
     if folder is None:
-        raise UserError(_unknown_task(name, local_tasks))
-    return own_task(name, folder, data_revision(folder))
+        raise UserError(_unknown_task(wanted.name, local_tasks))
+    if wanted.part:
+        raise UserError(
+            f"evaluate.tasks: {wanted.text}: {folder} is a set of your own and has no parts; write its name"
+        )
+    return own_task(wanted.name, folder, data_revision(folder))
 
 
-def estimated_characters(name: str, local_tasks: str | None) -> float:
+def _check_part(wanted: TaskName) -> None:
+    metadata = registered_tasks()[wanted.name].metadata
+    for kind, given, known in (
+        ("part", wanted.subsets, list(metadata.hf_subsets)),
+        ("split", wanted.splits, list(metadata.eval_splits)),
+    ):
+        for each in given:
+            if each not in known:
+                close = difflib.get_close_matches(each, known, n=3)
+                has = f"did you mean {' or '.join(close)}?" if close else f"it has {listed(known)}"
+                raise UserError(f"evaluate.tasks: {wanted.name} has no {kind} {each!r}; {has}")
+
+
+def _part_of_registered(wanted: TaskName) -> "AbsTask":
+    subsets, splits = list(wanted.subsets) or None, list(wanted.splits) or None
+    return import_mteb().get_task(wanted.name, hf_subsets=subsets, eval_splits=splits)
+
+
+def estimated_characters(written: str, local_tasks: str | None) -> float:
     """Rough amount of text that a task encodes, to start the longest first; infinite if nobody knows."""
-    registered, folder = registered_tasks().get(name), local_folder(name, local_tasks)
+    wanted = parse_task(written)
+    registered, folder = registered_tasks().get(wanted.name), local_folder(wanted.name, local_tasks)
     statistics = (registered.metadata.descriptive_stats if registered else None) or {}
-    characters = sum(split.get("number_of_characters") or 0 for split in statistics.values())
+    characters = sum(_characters(split, wanted.subsets) for name, split in statistics.items() if _counts(name, wanted))
     on_disk = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) if folder else 0
     return float(characters or on_disk or math.inf)
+
+
+def _counts(split: str, wanted: TaskName) -> bool:
+    """A classification reads its training rows as well."""
+    return not wanted.splits or split in wanted.splits or split == "train"
+
+
+def _characters(split: dict[str, Any], subsets: Sequence[str]) -> int:
+    """Of MTEB's statistics of a split: all texts of the parts."""
+    by_subset = split.get("hf_subset_descriptive_stats") or {}
+    if subsets and by_subset:
+        return sum(_characters(part, ()) for name, part in by_subset.items() if name in subsets)
+    told = [value.get("total_text_length") or 0 for value in split.values() if isinstance(value, dict)]
+    return split.get("number_of_characters") or sum(told)
 
 
 def registered_tasks() -> dict[str, Any]:
@@ -133,13 +187,14 @@ def content_hash(folder: Path, skip: str | None = None) -> str:
 # -------------------------------------------------------------------------- registered tasks on local folders
 
 
-def _registered_task(name: str, folder: Path) -> "AbsTask":
+def _registered_task(wanted: TaskName, folder: Path) -> "AbsTask":
     """MTEB's own task class with another dataset path; its loader, transforms and scores stay MTEB's.
 
-    Of a multilingual task the subsets that the folder holds are run.
+    Of a multilingual task the subsets that the folder holds are run, or those that are wanted.
     """
     import datasets
 
+    name = wanted.name
     base = registered_tasks()[name]
     if hasattr(base.metadata, "tasks"):
         parts = ", ".join(part.metadata.name for part in base.metadata.tasks[:3])
@@ -153,11 +208,18 @@ def _registered_task(name: str, folder: Path) -> "AbsTask":
     # The metadata belong to the class: MTEB drops those of an instance when it unloads a task.
     attributes = {"metadata": base.metadata.model_copy(update={"dataset": dataset}), "load_data": load_data}
     task = type(base.__name__, (base,), {**attributes, "__module__": base.__module__})()
+    if wanted.splits:
+        task.filter_eval_splits(list(wanted.splits))
+    if wanted.subsets:
+        task.filter_languages(None, hf_subsets=list(wanted.subsets))
     if task.metadata.is_multilingual and _standard_loader(base):
         try:
             held = datasets.get_dataset_config_names(str(folder))
         except Exception as error:  # of YAML in a README.md, of a script beside the data, …
             raise UserError(f"{folder}: {one_line(error)}") from None
+        lacking = [s for s in wanted.subsets if s not in held and f"{s}-corpus" not in held]
+        if lacking:
+            raise UserError(f"{folder}: has no data of {name}'s part {lacking[0]!r} (has: {listed(held)})")
         task.hf_subsets = [s for s in task.hf_subsets if s in held or f"{s}-corpus" in held]
         if not task.hf_subsets:
             wanted = ", ".join(base.metadata.hf_subsets)

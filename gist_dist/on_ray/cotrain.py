@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import GuideConfig, RunConfig, SourcePrompts
-from gist_dist.evaluation.tasks import check_tasks
+from gist_dist.evaluation.suites import check_evaluation
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.driver import prepare, train_and_evaluate
 from gist_dist.recipe import parse_config
@@ -45,7 +45,7 @@ def cotrain(first: RunConfig, second: RunConfig, rounds: int, with_fixed: bool =
         RunFolder(planned.config).refuse_other_recipe()
     for planned in runs[:2]:
         if not RunFolder(planned.config).is_trained():
-            check_tasks(planned.config.evaluate, planned.config.watched)
+            check_evaluation(planned.config.evaluate, planned.config.watched)
             prepare(
                 planned.config, clustered=False
             )  # mistakes in the second recipe are named before the first is trained

@@ -17,7 +17,7 @@ from gist_dist.data.row_rules import check_negatives
 from gist_dist.data.sampler import Sampler
 from gist_dist.data.statistics import data_summary
 from gist_dist.evaluation.evaluate import read_results
-from gist_dist.evaluation.tasks import check_tasks
+from gist_dist.evaluation.suites import check_evaluation, with_suites
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.guide_cache import embedding_fingerprint
 from gist_dist.models.precision import settled
@@ -55,9 +55,9 @@ def train_and_evaluate(config: RunConfig) -> Summary:
     """
     config = config.absolute_paths()
     RunFolder(config).refuse_other_recipe()
-    config = settled(config, RunFolder(config).recorded())
+    check_evaluation(config.evaluate, config.watched)
+    config = with_suites(settled(config, RunFolder(config).recorded()))
     run = RunFolder(config)
-    check_tasks(config.evaluate, config.watched)
     check_trackers(config)
     check_hub(config.tracking.hub)
     with locked(run.folder) as lock:
@@ -71,7 +71,7 @@ class Stopped(Exception):
 def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Summary:
     trained = run.is_trained()
     prepared, num_steps = (None, 0) if trained else prepare_run(config, run)
-    if trained and not config.evaluate.tasks:
+    if trained and not config.evaluate.is_wanted:
         logger.info("%s is trained; nothing is left to do but the report", run.folder)
     else:
         with connected(config.cluster) as resources:
@@ -84,7 +84,7 @@ def _train_and_evaluate(config: RunConfig, run: RunFolder, lock: RunLock) -> Sum
                     _, mined = mine_for_training(config, prepared.corpus, prepared.guide, resources)
                 inputs = _inputs(config, prepared, mined, lock.token)
                 _train(config, run, inputs, resources, lock, num_steps)
-            if config.evaluate.tasks:
+            if config.evaluate.is_wanted:
                 labels = _models(config, run)
                 evaluate_models(labels, config, run.folder / "mteb")
                 track_scores(config, {label: _scores(run.folder / "mteb" / label) for label in labels})

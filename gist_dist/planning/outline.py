@@ -111,8 +111,9 @@ def while_training(config: RunConfig) -> str:
 
 def _afterwards(config: RunConfig) -> str:
     evaluate = config.evaluate
-    if not evaluate.tasks:
+    if not evaluate.is_wanted:
         return "no evaluation (evaluate.tasks is empty)"
     models = ["the trained model", "the untrained student"][: 1 + evaluate.baseline]
     models += ["the guide"] * bool(evaluate.guide and config.guide and config.guide.model)
-    return f"{plural(len(evaluate.tasks), 'MTEB task')} on {', '.join(models)}"
+    what = [*evaluate.benchmark, *[plural(len(evaluate.tasks), "MTEB task")] * bool(evaluate.tasks)]
+    return f"{' and '.join(what)} on {', '.join(models)}"

@@ -17,6 +17,7 @@ from gist_dist.report.page import render_report
 from gist_dist.report.plots import write_plots
 from gist_dist.report.run import Run, TaskRow, jsonable, read_run
 from gist_dist.report.scores import score_lines, summarize_scores
+from gist_dist.report.suites import summarize_languages, summarize_suites
 from gist_dist.report.training import summarize_training
 from gist_dist.report.verdict import judge
 from gist_dist.report.warnings import find_warnings
@@ -102,6 +103,8 @@ def build_report(run_dir: Path) -> Summary:
 def summarize(run: Run) -> dict[str, Any]:
     """The report in numbers: what report.json holds and report.html shows. JSON values only, no NaN."""
     verdict = judge(run.tasks, tuple(run.section("evaluate").get("tasks") or ()), run.failures)
+    suites = summarize_suites(run)
+    verdict["details"][:0] = [{"about": "benchmark", "text": suite["sentence"]} for suite in suites]
     training, scores = summarize_training(run), summarize_scores(run)
     if scores and not run.tasks:
         verdict["headline"] = scores["sentence"]
@@ -111,6 +114,8 @@ def summarize(run: Run) -> dict[str, Any]:
         "name": run.name,
         "verdict": verdict,
         "tasks": [asdict(row) for row in run.tasks],
+        "benchmarks": suites,
+        "languages": summarize_languages(run),
         "training": training,
         "evaluations": scores,
         "data": jsonable(run.data),

@@ -1,6 +1,7 @@
 """model/README.md: what a stranger on the Hub has to know about the model, in the form that the Hub reads."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from gist_dist.report.card_metadata import licence_of_folder, licence_on_hub, me
 from gist_dist.report.run import read_json
 from gist_dist.report.scores import summarize_scores
 from gist_dist.report.shapes import KEPT_PROMPTS, MODULES, POOLING_SETTINGS, TOKENIZER_SETTINGS
+from gist_dist.report.suites import summarize_languages, summarize_suites
 
 CITATION = """\
 @article{solatorio2024gistembed,
@@ -248,7 +250,25 @@ def _evaluation(run: Run) -> str:
     note = " The tasks' data was read from a local folder." if local else ""
     table = _table(["task", "type", "main score", *columns], rows)
     legend = f"MTEB main scores × 100; *before* is the student without this training.{note}"
-    return f"## Evaluation\n\n{legend}\n\n{table}"
+    parts = [f"## Evaluation\n\n{legend}", table, *_benchmarks(run, columns), *_languages(run, columns)]
+    return "\n\n".join(parts)
+
+
+def _benchmarks(run: Run, columns: list[str]) -> Iterator[str]:
+    for suite in summarize_suites(run):
+        rows = [[_escape(row["mean"]), *_numbers(row, columns)] for row in suite["rows"]]
+        told = [f"### {_escape(suite['name'])}", _table(["mean", *columns], rows) if rows else suite["sentence"]]
+        told += [f"Without {_escape(', '.join(left))}: {why}." for left, why in (
+            (suite["left_out"], "not in the languages that were asked for"),
+            (suite["private"], "their data are not public"),
+        ) if left]  # fmt: skip
+        yield "\n\n".join(told)
+
+
+def _languages(run: Run, columns: list[str]) -> Iterator[str]:
+    if languages := summarize_languages(run):
+        rows = [[row["language"], str(row["num_tasks"]), *_numbers(row, columns)] for row in languages]
+        yield f"### By language\n\n{_table(['language', 'tasks', *columns], rows)}"
 
 
 def _limitations(run: Run) -> str:

@@ -11,7 +11,8 @@ from gist_dist.common.plain_yaml import load_plain
 from gist_dist.common.redact import redact, redact_text
 from gist_dist.common.untrusted import check_plain, load_plain_json, problem
 from gist_dist.evaluation.evaluate import Score, read_results
-from gist_dist.report.shapes import DATA, EXAMPLES, FAILURES, RECIPE, STEP
+from gist_dist.evaluation.names import SUITES
+from gist_dist.report.shapes import BENCHMARKS, DATA, EXAMPLES, FAILURES, RECIPE, STEP
 from gist_dist.runs.evaluations import Evaluation, read_evaluations
 from gist_dist.runs.metrics_file import METRICS, parse_lines
 
@@ -51,6 +52,10 @@ class Run:
 
     evaluations: list[Evaluation] = field(default_factory=list)
     """While it trained, by step."""
+    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
+    """Label (baseline, trained, guide) -> task -> what MTEB found."""
+    suites: list[dict[str, Any]] = field(default_factory=list)
+    """mteb/benchmarks.json: benchmarks and their tasks."""
 
     @property
     def name(self) -> str:
@@ -88,6 +93,8 @@ def read_run(run_dir: Path) -> Run:
         failures=_read_failures(folder / "mteb" / "failures.json"),
         masked_examples=read_json(folder / "masked_examples.json", EXAMPLES),
         evaluations=read_evaluations(folder),
+        scores=scores,
+        suites=read_json(folder / "mteb" / SUITES, BENCHMARKS) or [],
         logged=problems(folder / "logs" / EVENTS, CHECKPOINT_PROBLEM)[-5:],
     )
 

@@ -46,6 +46,15 @@ class EvaluateSection(Shape):
     least_gain: Count = None
 
 
+class BenchmarkTasks(Shape):
+    """Of mteb/benchmarks.json."""
+
+    name: str
+    tasks: list[str]
+    left_out: list[str] = ABSENT
+    private: list[str] = ABSENT
+
+
 class HubSection(Shape):
     repo_id: str | None = None
     license: str | None = None
@@ -163,5 +172,6 @@ MODULES, POOLING_SETTINGS, TOKENIZER_SETTINGS = (
     TypeAdapter(TokenizerSettings),
 )
 KEPT_PROMPTS = TypeAdapter(KeptPrompts)
+BENCHMARKS = TypeAdapter(list[BenchmarkTasks])
 FAILURES = TypeAdapter(dict[str, dict[str, Any]])
 """mteb/failures.json: label (baseline, trained, guide) → task → error."""

@@ -9,7 +9,9 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import Any
 
+from gist_dist.common.errors import UserError
 from gist_dist.common.text import plural, signed
+from gist_dist.evaluation.names import parse_task
 from gist_dist.report.run import TaskRow, difference
 
 SIDES = ("before", "after", "guide")
@@ -31,7 +33,7 @@ def judge(
         for kind in dict.fromkeys(row.type for row in counted)
     ]
     losses = sorted((row for row in compared if (row.change or 0) < 0), key=lambda row: row.change or 0)
-    settled = {row.task for row in after} | (failures or {}).get("trained", {}).keys()
+    settled = {row.task for row in after} | {_name(task) for task in (failures or {}).get("trained", {})}
     verdict = {
         "headline": _headline(rows, counted, overall, wanted),
         "overall": overall,
@@ -40,10 +42,18 @@ def judge(
         "losses": [asdict(row) for row in losses],
         "retrieval_losses": [asdict(row) for row in losses if _is_retrieval(row)],
         "not_compared": [row.task for row in rows if row not in counted],
-        "not_evaluated": [task for task in wanted if task not in settled],
+        "not_evaluated": [task for task in wanted if _name(task) not in settled],
     }
     details = _details(verdict, bool(compared))
     return verdict | {"details": [{"about": about, "text": text} for about, text in details]}
+
+
+def _name(task: str) -> str:
+    """Without the part of it that was scored."""
+    try:
+        return parse_task(task).name
+    except UserError:  # of an older recipe
+        return task
 
 
 def _mean_row(rows: list[TaskRow]) -> dict[str, Any]:

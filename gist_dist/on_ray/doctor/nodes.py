@@ -85,11 +85,12 @@ def _load_guide(config: RunConfig) -> None:
 def _load_tasks(config: RunConfig) -> None:
     """Where the Hub is out of reach, also their data, which then have to be on the node."""
     from gist_dist.common.hub import go_offline_if_unreachable
-    from gist_dist.evaluation.tasks import check_tasks, load_task
+    from gist_dist.evaluation.suites import check_evaluation, expanded
+    from gist_dist.evaluation.tasks import load_task
 
-    check_tasks(config.evaluate, config.watched)
+    check_evaluation(config.evaluate, config.watched)
     if go_offline_if_unreachable():
-        for task in config.evaluate.tasks:
+        for task in expanded(config.evaluate).tasks:
             try:
                 load_task(task, config.evaluate.local_tasks).load_data()
             except Exception as error:
@@ -279,7 +280,7 @@ class Nodes:
         wanted = ["student.model"]
         if config.guide and config.guide.model:
             wanted.append("guide.model")
-        if config.evaluate.tasks:
+        if config.evaluate.is_wanted:
             wanted.append("evaluate.tasks")
         for what in wanted:
             started = time.monotonic()

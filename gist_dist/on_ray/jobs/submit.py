@@ -18,7 +18,7 @@ from gist_dist.common.errors import UserError
 from gist_dist.common.redact import printable, redact
 from gist_dist.common.version import __version__
 from gist_dist.config import RunConfig
-from gist_dist.evaluation.tasks import check_tasks
+from gist_dist.evaluation.suites import check_evaluation
 from gist_dist.on_ray.cluster.capacity import check_room
 from gist_dist.on_ray.doctor.machine import required_packages
 from gist_dist.on_ray.jobs.client import (
@@ -114,7 +114,7 @@ def _check_here(config: RunConfig) -> list[LocalSource]:
     local = local_sources(config)
     choose_sent(config, [source for source in local if not source.is_absolute], _as_if_all_there(config))
     if not config.evaluate.local_tasks or Path(config.evaluate.local_tasks).is_dir():
-        check_tasks(config.evaluate, config.watched)
+        check_evaluation(config.evaluate, config.watched)
     return local
 
 

@@ -36,7 +36,8 @@ from gist_dist.evaluation.evaluate import (
     model_identity,
     read_result,
 )
-from gist_dist.evaluation.tasks import check_tasks, estimated_characters
+from gist_dist.evaluation.suites import check_evaluation, expanded, write_suites
+from gist_dist.evaluation.tasks import estimated_characters
 from gist_dist.on_ray.cluster.capacity import gpus_per_worker
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.pool import Answer, Failed, Late, Pool
@@ -104,7 +105,7 @@ def evaluate_one_model(
     path = Path(model).expanduser()
     if not path.is_dir() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
         raise UserError(f"there is no model folder '{model}'; give a SentenceTransformer folder or a Hub id")
-    check_tasks(evaluate)
+    check_evaluation(evaluate)
     path = path.absolute() if path.is_dir() else path
     label = "__".join(path.parts[-2:]).strip("/")
     cluster = ClusterConfig(address=address)
@@ -123,6 +124,8 @@ def _evaluate_all(
     folder: Path,
     on_result: OnResult | None = None,
 ) -> dict[str, dict[str, str]]:
+    write_suites(evaluate, folder)
+    evaluate = expanded(evaluate)
     jobs = [Job(label, task) for label in models for task in dict.fromkeys(evaluate.tasks)]
     unfinished = _longest_first(_unfinished(jobs, models, evaluate, folder), evaluate)
     done, total = len(jobs) - len(unfinished), len(jobs)
