@@ -28,7 +28,7 @@ from gist_dist.common.plain_yaml import load_plain
 from gist_dist.common.text import SHORT, duration, one_line, plural
 from gist_dist.common.untrusted import load_plain_json
 from gist_dist.config import RunConfig, Section
-from gist_dist.evaluation.tasks import check_tasks
+from gist_dist.evaluation.suites import check_evaluation
 from gist_dist.on_ray.cluster.capacity import check_resources, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.driver import Stopped, train_and_evaluate
@@ -194,7 +194,7 @@ def check_sweep(recipe: RunConfig, over: SweepConfig) -> None:
         raise UserError(f"over: two settings are the same run, {twice}")
     for planned in settings:
         config = planned.config
-        check_tasks(config.evaluate, config.watched)
+        check_evaluation(config.evaluate, config.watched)
         if not over.choose:  # the runs of a setting have the chosen values, which are not known yet
             RunFolder(config).refuse_other_recipe()
         scored = {*config.evaluate.tasks, *config.watched}
