@@ -77,7 +77,9 @@ class CachedGISTEmbedLoss(nn.Module):
         for name, encoder in (("model", model), ("guide", guide)):
             if not hasattr(getattr(encoder, "tokenizer", None), "get_vocab"):
                 raise ValueError(f"{name} has no transformers tokenizer; only transformer encoders are supported")
-        self.model, self.guide = model, guide.eval().requires_grad_(False)
+        own = set(map(id, model.parameters()))
+        is_model = any(id(parameter) in own for parameter in guide.parameters())  # it guides itself, and is trained
+        self.model, self.guide = model, guide if is_model else guide.eval().requires_grad_(False)
         for name, limit in (("mini_batch_size", mini_batch_size), ("mini_batch_num_tokens", mini_batch_num_tokens)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} = {limit}: at least 1")
@@ -228,10 +230,12 @@ class CachedGISTEmbedLoss(nn.Module):
         tokens, hows = [tokens[i] for i in first], [hows[i] for i in first]
         chunks, tokenizer = self._cut(tokens, hows), self.guide.tokenizer
         with_types = "token_type_ids" in tokenizer.model_input_names
-        encoded = list[Tensor]()
+        encoded, was_training = list[Tensor](), self.guide.training
+        self.guide.eval()  # where it is the model, it is being trained
         for chunk in chunks:
             features = _features([tokens[i] for i in chunk.texts], tokenizer, with_types, batch.device)
             encoded.append(self.guide(features | hows[chunk.texts[0]])["sentence_embedding"])
+        self.guide.train(was_training)
         place = np.argsort(np.concatenate([chunk.texts for chunk in chunks]))
         order = np.concatenate([chunk.texts for chunk in batch.chunks])
         return _unit(torch.cat(encoded))[torch.from_numpy(place[input_of[order]]).to(batch.device)]

@@ -352,6 +352,18 @@ def test_their_trainer_moves_the_same_weights(tmp_path, models, precision, accum
     assert difference < (0.1 if rough else 1e-3) * whole
 
 
+def test_a_model_that_guides_itself_is_trained(models):
+    texts, found = columns(), []
+    for kind in (CachedGISTEmbedLoss, losses.CachedGISTEmbedLoss):
+        student, _ = load(models)
+        found.append(gradients(kind(student, student, 0.05, margin=0.02), student, texts))
+    assert_close(*found, 1e-9)
+    student.train()
+    loss = CachedGISTEmbedLoss(student, student, 0.05)
+    gradients(loss, student, texts)
+    assert student.training
+
+
 def test_says_what_it_can_not_use(models):
     student, guide = load(models)
     loss = CachedGISTEmbedLoss(student, guide)
