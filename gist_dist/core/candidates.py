@@ -12,12 +12,14 @@ the anchors. What an anchor is scored against is then one piece of it, with or w
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from gist_dist.config import LossConfig
+from gist_dist.core.device import sent
 
 PARTS = ("ap", "aa", "pp", "an")
 """The blocks of similarities: anchor-positive, anchor-anchor, positive-positive, anchor-negative."""
@@ -68,8 +70,8 @@ class BatchIndex:
         return self.positives if self.more_positives is None else torch.cat([self.positives, self.more_positives])
 
     def to(self, device: torch.device) -> "BatchIndex":
-        moved = {
-            name: tensor.to(device, non_blocking=True)
+        moved: dict[str, Any] = {
+            name: sent(tensor, device)
             for name in ("anchors", "positives", "negatives", "identity", "negative_rows", "more_positives",
                          "further_positives", "groups")
             if (tensor := getattr(self, name)) is not None

@@ -5,6 +5,13 @@ import os
 import torch
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; a GPU takes it from pinned memory in its own time, and the host doesn't wait."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether it multiplies matrices in bf16 several times as fast as in fp32: GPUs since Ampere, CPUs with AMX or
     AVX512-BF16."""

@@ -17,6 +17,19 @@ Encode = Callable[[int], Float[Tensor, "t d"]]
 """Embeddings of the texts of the chunk with that number; equal however often it is called (dropout included)."""
 
 
+FIXED_ROW = "fixed_row"
+"""Name, in an embedding, of the row that takes no gradient; see make_sparse()."""
+
+
+def make_sparse(embedding: nn.Embedding) -> None:
+    """Its gradients are of the chunk's tokens, not of the whole vocabulary. GradientSums leaves out that of its
+    padding: torch would look for padding in every backward pass, and the host wait for it."""
+    embedding.sparse = True
+    if embedding.padding_idx is not None:
+        setattr(embedding, FIXED_ROW, embedding.padding_idx)
+        embedding.padding_idx = None
+
+
 class ActivationBudget:
     """How many bytes of activations may be kept from the first pass to the second; learns what a token costs."""
 
@@ -91,6 +104,8 @@ class GradientSums:
         """Which parameters have a gradient."""
         self.rows = {n: p.new_zeros(len(p), dtype=torch.bool) for n, p in enumerate(self.parameters) if id(p) in tables}
         """Which rows of a table, an embedding with sparse gradients, have one."""
+        fixed = {id(m.weight): row for m in model.modules() if (row := getattr(m, FIXED_ROW, None)) is not None}
+        self.fixed_rows = {n: fixed[id(p)] for n, p in enumerate(self.parameters) if id(p) in fixed}
         self.dense = flat[: sum(p.numel() for p in self.parameters if id(p) not in tables)]
         """All sums but those of the tables, in one piece."""
 
@@ -128,12 +143,14 @@ class GradientSums:
 
     def write_to_grad(self) -> None:
         """Move the sums into the parameters' .grad; a parameter without any gradient keeps None."""
+        for number, row in self.fixed_rows.items():
+            self.sums[number][row] = 0
         for number, parameter in enumerate(self.parameters):
             parameter.grad = self.sums[number].to(parameter.dtype, copy=True) if self.has_grad[number] else None
             self.has_grad[number] = False
         self.dense.zero_()
         for number, rows in self.rows.items():
-            self.sums[number][rows] = 0
+            self.sums[number].masked_fill_(rows.unsqueeze(1), 0)  # an index by a mask would have to be waited for
             rows.zero_()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gist_dist.config import LossConfig
 from gist_dist.core.candidates import BatchIndex, slice_size
+from gist_dist.core.device import sent
 
 
 class Layout:
@@ -101,5 +102,5 @@ class Pairs:
         if start < stop:
             numbers = torch.bincount(self.parts[start:stop], minlength=len(self.names)).tolist()
             tensors = (self.rows[start:stop] - block.start, self.columns[start:stop], self.parts[start:stop])
-            row, column, part = (tensor.to(device, non_blocking=True) for tensor in tensors)
+            row, column, part = (sent(tensor, device) for tensor in tensors)
             yield SomePairs(row, column, part, dict(zip(self.names, numbers, strict=True)))

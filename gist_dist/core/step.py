@@ -18,6 +18,7 @@ from gist_dist.config import RunConfig
 from gist_dist.core.candidate_table import mean_guide_similarity
 from gist_dist.core.candidates import BatchIndex, row_blocks
 from gist_dist.core.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
+from gist_dist.core.device import sent
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.core.loss import gist_loss
 from gist_dist.core.optim import clip_gradients
@@ -179,8 +180,8 @@ def train_step(
         embeddings = first_pass(encode, own, [chunks[c].padded_tokens for c in own], train_state.activations)
     with clock("gather"):
         local = _stack([e.detach() for e in embeddings.values()], train_state.student)
-        sent = local.to(GATHERED.get(config.batch.gather_precision, local.dtype))
-        student_rows = _gather_texts(sent, chunks, chunks_by_rank, world).to(local.dtype)
+        rounded = local.to(GATHERED.get(config.batch.gather_precision, local.dtype))
+        student_rows = _gather_texts(rounded, chunks, chunks_by_rank, world).to(local.dtype)
     with clock("guide"):
         guide_rows = _guide_rows(train_state, plan, inputs, student_rows)
     with clock("loss"):
@@ -215,12 +216,12 @@ def _guide_rows(train_state: TrainState, plan: BatchPlan, inputs: StepInputs, st
     if train_state.config.guide_mode == "self":
         return student_rows
     if plan.guide_embeddings is not None:
-        distinct = torch.from_numpy(plan.guide_embeddings).to(student_rows.device)
+        distinct = sent(torch.from_numpy(plan.guide_embeddings), student_rows.device)
     else:
         distinct = _encode_guide(train_state, plan, inputs)
     # Rounding to fp16 has left them not quite of length 1.
     distinct = F.normalize(distinct.to(student_rows.dtype), dim=-1)
-    return distinct[torch.from_numpy(plan.guide_input_of).to(distinct.device)]
+    return distinct[sent(torch.from_numpy(plan.guide_input_of), distinct.device)]
 
 
 def _encode_guide(train_state: TrainState, plan: BatchPlan, inputs: StepInputs) -> Tensor:
@@ -245,7 +246,7 @@ def _gather_texts(local: Tensor, chunks: tuple[Chunk, ...], chunks_by_rank: list
     order, counts = _order_by_rank(chunks, chunks_by_rank)
     gathered = all_gather_rows(local, counts, world)
     embeddings = torch.empty_like(gathered)
-    embeddings[torch.from_numpy(order).to(gathered.device)] = gathered
+    embeddings[sent(torch.from_numpy(order), gathered.device)] = gathered
     return embeddings
 
 
@@ -254,7 +255,7 @@ def _scatter_gradients(
 ) -> dict[int, Tensor]:
     """Sum over workers of d(loss)/d(embeddings), for the chunks that this worker encoded."""
     order, counts = _order_by_rank(chunks, chunks_by_rank)
-    mine = reduce_scatter_rows(gradient[torch.from_numpy(order).to(gradient.device)], counts, world)
+    mine = reduce_scatter_rows(gradient[sent(torch.from_numpy(order), gradient.device)], counts, world)
     own = chunks_by_rank[world.rank]
     return dict(zip(own, torch.split(mine, [len(chunks[c].texts) for c in own]), strict=True)) if own else {}
 

@@ -24,10 +24,11 @@ from torch.nn import functional as F
 from gist_dist.common.errors import UserError
 from gist_dist.common.stock_model import NO_LIMIT, Adopted, Prompts, adopted, prompts_of
 from gist_dist.config import GuideConfig, RolePrompts, RunConfig, StudentConfig
+from gist_dist.core.gradcache import make_sparse
 from gist_dist.models.cpu_dropout import FastDropout
 from gist_dist.models.folder import licence_files
 from gist_dist.models.load import Loaded, load, transformer_of
-from gist_dist.models.packing import Packed, can_pack, embed_packed, pack, prepare_model
+from gist_dist.models.packing import Packed, can_pack, embed_packed, is_bert, pack, prepare_model
 from gist_dist.models.precision import suited
 from gist_dist.models.probe import check_encoder, check_saved, measure
 from gist_dist.models.tokenizer import TextTokenizer, Tokens, backend_tokens
@@ -64,6 +65,8 @@ class Padded:
     """The attention mask."""
     prompt_lengths: tuple[int, ...] | None = None
     """Tokens that are not pooled, of every text."""
+    is_full: bool = False
+    """All texts are as long as the longest."""
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -149,6 +152,8 @@ class Encoder:
 
     packs = False
     """Whether inputs() joins texts without padding."""
+    takes_no_mask = False
+    """Whether the model may go without a mask where nothing is padded; else transformers looks at it."""
 
     def get_ready(self, packing: bool | None = False) -> None:
         """To encode in earnest, not only to tokenize. UserError if this machine can't do it as the recipe says.
@@ -166,7 +171,9 @@ class Encoder:
         self.packs = (
             packing and not self.config.attention and can_pack(self.model, self.config.precision == "bf16", self.device)
         )
-        if self.packs:
+        needs_no_look = self.device.type == "cuda" and not self.config.attention and is_bert(self.model)
+        self.takes_no_mask = self.packs or needs_no_look
+        if self.takes_no_mask:
             prepare_model(self.model)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
@@ -247,6 +254,8 @@ class Encoder:
             if padded.prompt_lengths is not None and any(padded.prompt_lengths):
                 embedding = _pooled_by_prompt(self.model, features, padded.prompt_lengths)
             else:
+                if self.takes_no_mask and padded.is_full:
+                    del features["attention_mask"]
                 embedding = self.model(features)["sentence_embedding"]
         return self._unit(embedding)
 
@@ -330,7 +339,7 @@ class Student(Encoder):
         if not config.compile:  # which knows no sparse gradients
             for module in transformer.modules():
                 if isinstance(module, nn.Embedding) and module.num_embeddings == transformer.config.vocab_size:
-                    module.sparse = True  # gradients of the chunk's tokens, not of the whole vocabulary
+                    make_sparse(module)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -475,4 +484,4 @@ def pad(tokens: Sequence[np.ndarray], pad_id: int, side: str = "right") -> Padde
     mask = columns < lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
     ids[mask] = np.concatenate(tokens)
-    return Padded(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)))
+    return Padded(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), is_full=bool(mask.all()))

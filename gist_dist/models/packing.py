@@ -57,11 +57,9 @@ def pack(tokens: Sequence[np.ndarray]) -> Packed:
 
 def can_pack(model: nn.Sequential, is_bf16: bool, device: torch.device) -> bool:
     """Whether this SentenceTransformer computes the same packed. On a GPU FlashAttention needs bf16."""
-    transformer, pooling, *others = model
-    config = getattr(getattr(transformer, "model", None), "config", None)
+    _, pooling, *others = model
     return (
-        getattr(config, "model_type", None) in FAMILIES
-        and getattr(config, "position_embedding_type", "absolute") in ("absolute", None)
+        is_bert(model)
         and type(pooling).__name__ == "Pooling"
         and pooling.pooling_mode in ("mean", "cls")
         and bool(pooling.include_prompt)
@@ -70,16 +68,26 @@ def can_pack(model: nn.Sequential, is_bf16: bool, device: torch.device) -> bool:
     )
 
 
+def is_bert(model: nn.Sequential) -> bool:
+    """Whether its transformer is one of FAMILIES, whose attention is known."""
+    config = getattr(getattr(model[0], "model", None), "config", None)
+    is_absolute = getattr(config, "position_embedding_type", "absolute") in ("absolute", None)
+    return getattr(config, "model_type", None) in FAMILIES and is_absolute
+
+
 def prepare_model(model: nn.Sequential) -> None:
     """Its attention takes packed and padded inputs from now on."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     def mask(*given: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
-        """None for packed texts, where a mask would have n² entries."""
+        """None for packed texts, where a mask would have n² entries, and where nothing is padded. A GPU isn't asked
+        whether all of a mask is true: the host would have to wait for the answer."""
         if attention_mask is None:
             return None
         options["attention_mask"] = attention_mask
+        if attention_mask.is_cuda:
+            options["allow_is_bidirectional_skip"] = False
         return sdpa_mask(*given, **options)
 
     AttentionInterface.register(NAME, _attention)
