@@ -554,6 +554,9 @@ class EvaluateConfig(Section):
     """What counts as a gain: more than this, in points of 100 (of a loss: as it is)."""
     batch_size: int = Field(default=64, ge=1)
     """Texts encoded at once."""
+    precision: Precision = "fp32"
+    """Of the matrix products of all models that are scored, the untrained student among them. auto: as
+    student.precision."""
     task_timeout_minutes: float | None = Field(default=1440, gt=0)
     """A task that takes longer is ended and reported as failed, the others go on; null: no limit."""
 
@@ -601,6 +604,15 @@ class ClusterConfig(Section):
     five times the longest step so far."""
     wait_minutes: float = Field(default=30.0, ge=0)
     """How long a run waits for nodes when too few are left; then it ends, and the same command resumes it."""
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> "ClusterConfig":
+        if self.gpus_per_worker and self.gpus_per_worker < 1 < self.max_workers:
+            raise ValueError(
+                f"gpus_per_worker = {self.gpus_per_worker:g}: NCCL takes one worker a GPU; set it to 1, or "
+                "num_workers to 1"
+            )
+        return self
 
     @property
     def min_workers(self) -> int:

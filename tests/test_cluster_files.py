@@ -37,7 +37,7 @@ METRICS = {
 RECIPES = {
     "elastic GPUs": (EXAMPLE, []),
     "two CPU workers": ("quickstart", ["cluster.gpus_per_worker=0"]),
-    "one GPU for two": ("quickstart", ["cluster.gpus_per_worker=0.5"]),
+    "half a GPU": ("quickstart", ["cluster.num_workers=1", "cluster.gpus_per_worker=0.5"]),
     "odd number": ("quickstart", ["cluster.num_workers=11", "cluster.gpus_per_worker=1", "name=Odd_11.Workers"]),
 }
 
@@ -186,7 +186,7 @@ def test_checkpoint_storage_of_the_values_yields_to_the_recipe(tmp_path):
         ("[8,16]", 1, "all", 8, [("spot", 1, 2)]),
         ("24", 1, "surplus", 8, [("workers", 3, 3)]),
         ("11", 1, "surplus", 6, [("workers", 2, 2)]),  # 6 and 5, not 8 and 3
-        ("3", 0.5, "surplus", 3, [("workers", 1, 1)]),
+        ("1", 0.5, "surplus", 1, [("workers", 1, 1)]),
         ("4", 8, "all", 1, [("spot", 4, 4)]),
     ],
 )

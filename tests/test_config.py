@@ -55,6 +55,8 @@ def write(folder: Path, tree: dict) -> str:
         ({"optim__betas": [0.9, 1.0]}, "r.yaml: optim.betas[1] = 1.0: input should be less than 1"),
         ({"optim": {"steps": 1, "epochs": 1}}, "r.yaml: optim: steps=1 and epochs=1.0 are both set; keep one"),
         ({"student__model": ""}, "r.yaml: student.model = '': string should have at least 1 character"),
+        ({"cluster": {"num_workers": 2, "gpus_per_worker": 0.5}},
+         "r.yaml: cluster: gpus_per_worker = 0.5: NCCL takes one worker a GPU; set it to 1, or num_workers to 1"),
         ({"name": "../up"}, "r.yaml: name = '../up': string should match pattern"),
         ({"data__sources": []}, "r.yaml: data: sources is empty; name at least one data set"),
         ({"data__sources": [{"path": "a", "columns": {"anchr": "q"}}]},

@@ -251,6 +251,19 @@ def test_a_finished_task_is_not_evaluated_again(one_layer: Path, tmp_path: Path)
     assert sorted(f.name for f in results.iterdir()) == ["OurPairs.json", "details", "model_meta.json"]
 
 
+def test_another_precision_is_evaluated_anew_and_scores_nearly_the_same(one_layer: Path, tmp_path: Path) -> None:
+    write(tmp_path / "OurPairs" / "test.csv", sts_rows())
+    results, scores = tmp_path / "results", []
+    for precision in ("fp32", "bf16"):
+        evaluate = EvaluateConfig(local_tasks=str(tmp_path), precision=precision)
+        file = evaluate_task(one_layer, "OurPairs", evaluate, results)
+        details = json.loads((results / "details" / "OurPairs.json").read_text())
+        assert details["precision"] == precision
+        (entry,) = json.loads(file.read_text())["scores"]["test"]
+        scores.append(entry["cosine_pearson"])
+    assert 1e-9 < abs(scores[1] - scores[0]) < 0.02
+
+
 def test_other_data_or_another_model_are_evaluated_anew(one_layer: Path, tmp_path: Path) -> None:
     write(tmp_path / "OurPairs" / "test.csv", sts_rows())
     evaluate, results = EvaluateConfig(local_tasks=str(tmp_path)), tmp_path / "results"

@@ -91,7 +91,7 @@ def evaluate_task(
     folder/<name of the task>.json.
 
     prompts: put over the model's own, by MTEB's names ("query", "document", a task's name or type); null: the model's
-    own. None: the model as it is. A result of the same model content, prompts and local data is left as it is; any
+    own. None: the model as it is. A result of the same model content, prompts, precision and local data is left as it is; any
     other is removed before the evaluation begins, so that one that fails or is killed leaves none. UserError for an
     unusable task or data that can't be loaded.
     """
@@ -120,14 +120,15 @@ def evaluate_task(
             # Of MTEB about its libraries and its own older tasks; what concerns the user is in its log as well.
             warnings.simplefilter("ignore")
             wrapped = SentenceTransformerEncoderWrapper(encoder)
-            result = _mteb_result(wrapped, mteb_task, evaluate)
+            with torch.autocast(device, torch.bfloat16, enabled=evaluate.precision == "bf16"):  # weights rounded once
+                result = _mteb_result(wrapped, mteb_task, evaluate)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{task}: the GPU ran out of memory; lower evaluate.batch_size = {evaluate.batch_size}"
         ) from error
 
     meta = mteb_task.metadata
-    told = {"kind": meta.type, "metric": meta.main_score, "model": identity}
+    told = {"kind": meta.type, "metric": meta.main_score, "model": identity, "precision": evaluate.precision}
     details = json.dumps(told | {"part": part} if part else told, indent=2)
     card = json.dumps(_model_meta(wrapped), default=str, indent=4)
     write_text(folder / "model_meta.json", card)
@@ -241,7 +242,8 @@ def finished_score(folder: Path, task: str, evaluate: EvaluateConfig, identity: 
     except (UserError, OSError, ValueError, KeyError):
         return None
     same_task = (score.task, score.part) == (wanted.name, wanted.part)
-    return score if same_data and same_task and details.get("model") == identity else None
+    same_model = details.get("model") == identity and details.get("precision", "fp32") == evaluate.precision
+    return score if same_data and same_task and same_model else None
 
 
 def model_identity(

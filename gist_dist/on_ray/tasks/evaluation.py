@@ -38,6 +38,7 @@ from gist_dist.evaluation.evaluate import (
 )
 from gist_dist.evaluation.suites import check_evaluation, expanded, write_suites
 from gist_dist.evaluation.tasks import estimated_characters
+from gist_dist.models.precision import suited, this_device
 from gist_dist.on_ray.cluster.capacity import gpus_per_worker
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.tasks.pool import Answer, Failed, Late, Pool
@@ -109,6 +110,7 @@ def evaluate_one_model(
     path = path.absolute() if path.is_dir() else path
     label = "__".join(path.parts[-2:]).strip("/")
     cluster = ClusterConfig(address=address)
+    evaluate = evaluate.model_copy(update={"precision": suited(evaluate.precision, this_device(cluster))})
     with connected(cluster):
         failures = _evaluate_all({label: Model(str(path))}, evaluate, cluster, Path(folder).absolute())
     name = "/".join(path.parts[-2:]).replace("//", "local/") if path.is_absolute() else model
