@@ -92,13 +92,32 @@ def guided(recipe, guide, **optim) -> module.Preview:
     return planned(parse_config({**recipe, "guide": guide, "optim": {"epochs": 3} | optim}))
 
 
+def once_through(seen: module.Preview) -> float:
+    """FLOP of the guide on every distinct input, attention at the mean length."""
+    tokens, shape = seen.guide_inputs.num_tokens, seen.guide
+    attention = 4 * shape.num_layers * shape.hidden * tokens / seen.guide_inputs.number
+    return tokens * (2 * shape.num_encoding + attention)
+
+
+def test_attention_counts_by_the_longest_text_of_each_chunk(recipe):
+    seen = guided(recipe, recipe["guide"])
+    shape, products, scores = seen.student, [], []
+    for plan in seen.plans:
+        padded = [(len(chunk.texts), chunk.longest) for chunk in plan.student_chunks]
+        products.append(sum(texts * length * 2 * shape.num_encoding for texts, length in padded))
+        scores.append(sum(texts * length**2 * 4 * shape.num_layers * shape.hidden for texts, length in padded))
+    passes = 4 - seen.kept_share
+    assert seen.student_flops == pytest.approx(passes * (np.mean(products) + np.mean(scores)))
+    assert np.mean(scores) > 0
+
+
 def test_a_cache_is_advised_where_it_pays(recipe):
     guide = recipe["guide"]
     # Half an epoch reads little twice: online stays. Three epochs read all texts at least three times.
     short, long = guided(recipe, guide, epochs=0.3), guided(recipe, guide)
     assert "guide.mode=online: the run reads too little twice" in short.lines()[-1]
     assert "guide.mode=cache would save" in long.lines()[-1]
-    assert long.cache_flops == short.cache_flops == long.guide.forward_flops(long.guide_inputs.num_tokens)
+    assert long.cache_flops == short.cache_flops == once_through(long)
     cached = guided(recipe, {**guide, "mode": "cache"})
     assert cached.lines()[-1].strip().startswith("advice  guide.mode=cache saves")
     memory = next(line for line in cached.lines() if line.strip().startswith("guide  "))
@@ -125,7 +144,7 @@ def test_what_the_cache_has_is_not_counted_again(recipe, tmp_path):
 def test_a_refreshed_guide_is_cached_again(recipe):
     guide = {"refresh": 6, "mode": "cache"}
     seen = guided(recipe, guide)
-    whole = seen.guide.forward_flops(seen.guide_inputs.num_tokens)
+    whole = once_through(seen)
     assert seen.guide.model == recipe["student"]["model"]
     assert seen.cache_flops == pytest.approx(whole + 3 * min(whole, 6 * seen.guide_flops))
     assert "with what is read after each refresh" in "\n".join(seen.lines())

@@ -1,7 +1,7 @@
 """What a step would cost on any number of GPUs: seconds by phase, network and memory. A model, not a measurement.
 
-docs/scaling.md has the assumptions and what was checked. The volumes are those of step.py, gradcache.py, loss.py,
-loss_kernel.py and collectives.py. Costs neither torch nor ray.
+docs/scaling.md has the assumptions and what was checked. The volumes are those of step.py, gradcache.py, loss.py
+and collectives.py. Costs neither torch nor ray.
 """
 
 import math
@@ -28,8 +28,8 @@ SCATTER_COPIES = 3
 """fp64 gradients of all texts when they are sent: as computed, in the workers' order, padded to equal shares."""
 NCCL_EFFICIENCY, HOP_SECONDS = 0.8, 5e-6
 """Of a link's bytes/s; latency of each hop around a ring of W."""
-LAUNCH_SECONDS_PER_LAYER = 1e-4
-"""A layer's forward takes no less, however few its tokens: some 15 kernels, launched one by one."""
+LAUNCH_SECONDS_PER_LAYER = 31 * 10e-6
+"""A layer's forward takes no less, however few its tokens: 31 kernels (counted) of 10 µs (an H200's host)."""
 PLAN_SECONDS_PER_TEXT, CACHE_BYTES_PER_SECOND = 0.5e-6, 1.0e9
 """One core of every worker cuts and deals the whole batch, and reads the cached guide embeddings of all of it, while
 the GPU works on the batch before."""
@@ -37,7 +37,8 @@ HOST_COPY_BYTES_PER_SECOND = 20e9
 """Cached guide embeddings, from pinned memory to the GPU."""
 CONTEXT_BYTES = 1.0e9
 """CUDA's own, NCCL's buffers and what the allocator keeps; on a CPU, Python and its libraries."""
-KERNEL_BITS_BYTES = 2**28
+SLICE, LEAST_ROWS = {False: 1024, True: 1 << 20}, {False: 64, True: 1024}
+"""Of candidates.py, by whether it is a GPU."""
 ASSUMED_TEXT_TOKENS, ASSUMED_ACTIVATIONS = 64, 20
 """Without a plan: tokens of a text, and how many vectors of the hidden size autograd keeps of a token in a layer."""
 
@@ -148,8 +149,8 @@ def estimate(work: Workload, num_gpus: int, gpu: Gpu) -> Estimate:
     forward = _encode_seconds(student, own_tokens, own_chunks, length, work.student_bf16, gpu)
     kept = kept_share(work, num_gpus)
 
-    own_rows = busiest_rows(work, num_gpus)
-    products = (10 if on_gpu else 6) * d + 2 * e  # the kernels score twice more, and keep no scores
+    own_rows = busiest_rows(work, num_gpus, on_gpu)
+    products = 6 * d + 2 * e
     loss = own_rows * work.candidates * products / (gpu.fp32_flops * gpu.fp32_mfu)
 
     others = (num_gpus - 1) / num_gpus
@@ -221,11 +222,11 @@ def _send_seconds(volume: Number, num_gpus: int, gpu: Gpu) -> Number:
     return volume / (NCCL_EFFICIENCY * bandwidth) + (num_gpus - 1) * HOP_SECONDS
 
 
-def busiest_rows(work: Workload, num_gpus: int) -> Number:
+def busiest_rows(work: Workload, num_gpus: int, on_gpu: bool = False) -> Number:
     """Rows that the worker with most blocks scores; candidates.row_blocks cuts whole blocks whatever the workers."""
     most_candidates = max(work.rows, work.negatives)
-    bytes_per_row = 4 * work.candidates + 14 * min(most_candidates, 1024)
-    size = min(max(1, work.loss_budget // bytes_per_row), max(64, math.ceil(work.rows / 128)))
+    bytes_per_row = 4 * work.candidates + 14 * min(most_candidates, SLICE[on_gpu])
+    size = min(max(1, work.loss_budget // bytes_per_row), max(LEAST_ROWS[on_gpu], math.ceil(work.rows / 128)))
     blocks = math.ceil(work.rows / size)
     each, over = divmod(blocks, num_gpus)
     last = work.rows - (blocks - 1) * size  # which may be smaller, and where one block is over, it is that
@@ -236,15 +237,14 @@ def worker_memory(work: Workload, kept_tokens: Number, num_workers: int, on_gpu:
     """Bytes of the GPU of each worker, or of its process on a CPU, by what they hold."""
     d, e = work.student.width, work.guide_width
     scattering = d * SUM_BYTES * (SCATTER_COPIES if num_workers > 1 else 2)
-    in_table_order = 0 if on_gpu else 4 * (d + e)  # of embeddings once more, without the kernels
-    scoring = d * SUM_BYTES * 2 + in_table_order
+    scoring = d * SUM_BYTES * 2 + 4 * (d + e)  # embeddings once more, in the order of the table
     guide_bytes = (2 if work.guide_bf16 else 4) * work.guide.num_parameters if work.guide and work.guide_tokens else 0.0
     return {
         "student": work.student.num_parameters * TRAINING_BYTES_PER_PARAMETER,
         "guide": guide_bytes,
         "embeddings": work.texts * 4 * (d + e) + work.texts / num_workers * 4 * 2 * d,
         "their gradients": work.texts * max(scattering, scoring),
-        "loss": KERNEL_BITS_BYTES if on_gpu else work.loss_budget,
+        "loss": work.loss_budget,
         "activations": work.largest_chunk * work.activation_bytes_per_token,
         "kept chunks": kept_tokens * work.activation_bytes_per_token,
         "context": CONTEXT_BYTES,

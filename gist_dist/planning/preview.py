@@ -103,14 +103,14 @@ class Preview:
         """Of the guide online, in a step."""
         if self.guide is None:
             return 0.0
-        tokens = [sum(chunk.padded_tokens for chunk in plan.guide_chunks) for plan in self.plans]
-        return self.guide.forward_flops(float(np.mean(tokens)))
+        guide = self.guide
+        return float(np.mean([_forward_flops(guide, plan.guide_chunks) for plan in self.plans]))
 
     @property
     def student_flops(self) -> float:
         """Of a step: forward, forward again for chunks that were not kept, backward as two."""
-        tokens = float(np.mean([plan.padded_tokens for plan in self.plans]))
-        return (4 - self.kept_share) * self.student.forward_flops(tokens)
+        forward = float(np.mean([_forward_flops(self.student, plan.student_chunks) for plan in self.plans]))
+        return (4 - self.kept_share) * forward
 
     @property
     def kept_share(self) -> float:
@@ -123,8 +123,9 @@ class Preview:
         next one."""
         inputs, refresh = self.guide_inputs, self.config.guide_refresh
         assert self.guide and inputs
-        whole = self.guide.forward_flops(inputs.num_tokens)
-        missing = self.guide.forward_flops(inputs.missing_tokens)
+        length = inputs.num_tokens / max(1, inputs.number)
+        whole = self.guide.forward_flops(inputs.num_tokens, length)
+        missing = self.guide.forward_flops(inputs.missing_tokens, length)
         renewals = (self.num_steps - 1) // refresh if refresh else 0
         if not refresh or not renewals:
             return missing
@@ -326,7 +327,8 @@ class Preview:
         inputs, step, steps = self.guide_inputs, self.guide_flops, self.num_steps
         if self.guide is None or inputs is None:
             return ["costs nothing: no second model, no second forward" if self.config.guide else "there is no guide"]
-        share, once = step / (step + self.student_flops), self.guide.forward_flops(inputs.num_tokens)
+        share = step / (step + self.student_flops)
+        once = self.guide.forward_flops(inputs.num_tokens, inputs.num_tokens / max(1, inputs.number))
         size = _size(inputs.number * self.guide.width * CACHED_BYTES_PER_NUMBER)
         lines = [
             ("online", f"{_flops(step)} a step, {share:.0%} of its encoder work; {_flops(step * steps)} the run"),
@@ -445,6 +447,11 @@ def _model_cells(size: ModelShape) -> tuple[str, ...]:
     embeddings = size.num_parameters - size.num_encoding
     counts = f"{size.num_parameters / 1e6:,.1f} M", f"{embeddings / 1e6:,.1f} M", f"{size.width:,}"
     return (*counts, str(size.max_tokens or "no limit"), size.model)
+
+
+def _forward_flops(model: ModelShape, chunks: Sequence[Chunk]) -> float:
+    """Attention goes by the length to which a chunk's texts are padded."""
+    return float(sum(model.forward_flops(chunk.padded_tokens, chunk.longest) for chunk in chunks))
 
 
 def _loads(chunks: Sequence[Chunk], num_workers: int) -> list[int]:
