@@ -91,9 +91,9 @@ def evaluate_task(
     folder/<name of the task>.json.
 
     prompts: put over the model's own, by MTEB's names ("query", "document", a task's name or type); null: the model's
-    own. None: the model as it is. A result of the same model content, prompts, precision and local data is left as it is; any
-    other is removed before the evaluation begins, so that one that fails or is killed leaves none. UserError for an
-    unusable task or data that can't be loaded.
+    own. None: the model as it is. A result of the same model content, prompts, precision and local data is left as it
+    is; any other is removed before the evaluation begins, so that one that fails or is killed leaves none. UserError
+    for an unusable task or data that can't be loaded.
     """
     folder = Path(folder)
     file, part = result_file(folder, task), parse_task(task).part
