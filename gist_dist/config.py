@@ -174,9 +174,12 @@ class Columns(Section):
 
     anchor: str | None = None
     """Left out, 'anchor' is taken, or what the field's tools call it: query, question, sentence1, messages, …"""
-    positive: str | None = None
-    """A text, or a list of them: then the row becomes one for each. Left out, 'positive' is taken, or pos, answer,
-    response, positive_passages, sentence2, …"""
+    positive: Annotated[
+        Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(_as_list, str | tuple[str, ...] | None)
+    ] = None
+    """One text column, one column of lists, or several columns: a row has all these positives (see several_positives).
+    Null and blanks are none. Left out, 'positive' is taken, or pos, answer, response, positive_passages, sentence2, …,
+    or 'positive_1', 'positive_2', …"""
     negatives: Annotated[tuple[str, ...] | None, BeforeValidator(_as_list, str | tuple[str, ...] | None)] = None
     """One list column, one text column, or several text columns; null and blanks mean no negative there. Left out,
     'negatives', 'negative', 'neg', 'negative_1', … are taken where the source has them; [] takes none."""
@@ -320,6 +323,9 @@ class SourceConfig(Section):
     filters: Filters = Filters()
     split_by: str | None = None
     """A column whose every value makes a source of its own, as task_name in MEDI; each with this weight."""
+    several_positives: Literal["together", "apart"] = "together"
+    """Of one anchor (a list, several columns, several judgements of a query). together: a row has them all; see
+    loss.positives. apart: each makes a row of its own, for anchors that have dozens."""
     triplets: Triplets = Triplets()
     """For a classification set (columns.text and columns.label)."""
     loss: SourceLoss = SourceLoss()
@@ -447,9 +453,8 @@ class LossConfig(Section):
     guard_negatives: bool = False
     """A row's own hard negatives stay, whatever the guide says: for negatives that people have checked."""
     positives: Literal["mean", "sum"] = "mean"
-    """Of a row that promotion gives several positives. mean: the mean of each one's loss against the negatives. sum:
-    the negative log of their joint share of the softmax, which one near positive can satisfy. A row of the data that
-    has several becomes a row for each."""
+    """Of a row with several positives, by the data or by promotion. mean: the mean of each one's loss against the
+    negatives. sum: the negative log of their joint share of the softmax, which one near positive can satisfy."""
     false_negatives: Literal["drop", "positive"] = "drop"
     """What becomes of a candidate above the guide's threshold: it leaves the softmax, or joins the row's positives."""
     promotion: Promotion = Promotion()

@@ -33,6 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hostile
 import hostile_data
+import numpy as np
 import tiny
 import zoo
 
@@ -112,7 +113,7 @@ def fuzz_layouts(rng: random.Random, place: Path, shared: Path) -> str:
     tree = good_recipe(place, shared) | {"batch": {"global_size": 2}, "data": {"sources": [source]}, "guide": None}
     corpus = prepare(RunConfig.model_validate(tree))
     for row in range(corpus.num_rows):
-        for text in (corpus.anchors[row], corpus.positives[row]):
+        for text in (corpus.anchors[row], corpus.positives[row], *corpus.further_of(np.array([row]))):
             if not corpus.text(int(text)).strip():
                 raise Finding(f"row {row} has a blank text")
     (report,) = corpus.manifest["reports"]

@@ -25,7 +25,7 @@ class Row:
     positive: int
     negatives: tuple[int, ...] = ()
     further: tuple[int, ...] = ()
-    """Positives beside the first."""
+    """Positives beside the first; the guide's threshold is taken from the mean over all of them."""
 
 
 def reference_loss(
@@ -63,10 +63,11 @@ def reference_loss(
                 candidates += [("an", a, text, own) for text in other.negatives]
 
         if sigma is not None:
-            shift = abs(sigma[a][p]) if config.margin_kind == "relative" else 1.0
-            threshold = sigma[a][p] - shift * config.margin
-            promoted_above = max(threshold, sigma[a][p] - shift * config.promotion.margin)
-            counts["guide_positive_similarity"] += sigma[a][p]
+            own_sigma = sum(sigma[a][text] for text in (p, *row.further)) / (1 + len(row.further))
+            shift = abs(own_sigma) if config.margin_kind == "relative" else 1.0
+            threshold = own_sigma - shift * config.margin
+            promoted_above = max(threshold, own_sigma - shift * config.promotion.margin)
+            counts["guide_positive_similarity"] += own_sigma
         kept, above = [], []
         weight = Counter()  # of exp(s / τ), by what became of the candidate, and by part
         for part, query, text, is_own in candidates:
@@ -105,7 +106,7 @@ def reference_loss(
         pairs = [(a, p), *((a, text) for text in row.further), *((query, text) for _, query, text in joining)]
         weights = torch.ones(len(pairs), dtype=student.dtype)
         if config.false_negatives == "positive" and config.promotion.weight == "guide" and sigma is not None:
-            own = max(sigma[a][p], 1e-6)
+            own = max(own_sigma, 1e-6)
             weights = torch.tensor(
                 [own] * (1 + len(row.further)) + [max(g, 1e-6) for g, *_ in joining], dtype=student.dtype
             )

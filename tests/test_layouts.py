@@ -24,6 +24,11 @@ def rows_of(read) -> list[tuple]:
     return [(row.anchor, row.positive, row.negatives) for row in read.read()]
 
 
+def pairs_of(read) -> list[tuple]:
+    """A row for each of its positives."""
+    return [(row.anchor, text, row.negatives) for row in read.read() for text in (row.positive, *row.further)]
+
+
 def write(folder: Path, rows: list[dict], kind: str = "jsonl") -> Path:
     path = folder / f"x.{kind}"
     if kind == "parquet":
@@ -56,6 +61,11 @@ LAYOUTS = {
         [{"query": "a", "pos": ["p", "q"], "neg": ["n", "m"], "type": "x"}, {"query": "b", "pos": ["r"], "neg": []}],
         [("a", "p", ("n", "m")), ("a", "q", ("n", "m")), ("b", "r", ())],
     ),
+    "columns of positives": (
+        [{"query": "a", "positive_1": "p", "positive_2": "q", "negative_1": "n"},
+         {"query": "b", "positive_1": "", "positive_2": "r", "negative_1": "n"}],
+        [("a", "p", ("n",)), ("a", "q", ("n",)), ("b", "r", ("n",))],
+    ),
     "blanks in lists": (
         [{"query": "a", "pos": ["p", "", None], "neg": ["", None, " ", "n"]},
          {"query": "b", "pos": ["q"], "neg": [""]}],
@@ -82,13 +92,20 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_found_by_their_names(tmp_path, layout, kind):
     rows, expected = LAYOUTS[layout]
-    read = source(write(tmp_path, rows, kind))
+    read = source(write(tmp_path, rows, kind), several_positives="apart")
     assert rows_of(read) == expected
     report = read.report
     assert not report.dropped and report.rows_read == len(rows)
     assert report.rows_used == report.rows_read + report.rows_added == len(expected)
     if report.rows_added:
         assert f"x: {len(rows)} rows are {len(expected)}, one for each positive" in report.told()[-1]
+    together = source(tmp_path / f"x.{kind}")
+    assert pairs_of(together) == expected
+    report = together.report
+    assert (report.rows_used, report.further_positives, report.rows_added) == (len(rows), len(expected) - len(rows), 0)
+    if report.rows_of_several:
+        told = f"{report.rows_of_several} of {len(rows)} rows have several positives, {report.rows_of_several + 1} in"
+        assert told in report.told()[-1]
 
 
 def test_a_column_that_is_named_goes_before_one_that_is_found(tmp_path):
@@ -141,17 +158,31 @@ def test_pairs_with_grades_and_classification_sets_are_told_what_they_are(tmp_pa
 
 def test_a_list_of_positives_is_never_taken_for_an_instruction(tmp_path):
     rows = [{"query": f"a{i}", "pos": [f"p{i}", f"second {i}"]} for i in range(3)]
-    assert rows_of(source(write(tmp_path, rows))) == [
-        (f"a{i}", text, ()) for i in range(3) for text in (f"p{i}", f"second {i}")
-    ]
-    assert [row.number for row in source(tmp_path / "x.jsonl").read()] == [0, 0, 1, 1, 2, 2]
+    expected = [(f"a{i}", text, ()) for i in range(3) for text in (f"p{i}", f"second {i}")]
+    assert pairs_of(source(write(tmp_path, rows))) == expected
+    apart = source(tmp_path / "x.jsonl", several_positives="apart")
+    assert rows_of(apart) == expected and [row.number for row in apart.read()] == [0, 0, 1, 1, 2, 2]
+
+
+def test_positives_in_columns_that_are_named(tmp_path):
+    rows = [{"q": "a", "x": "p", "y": ["r", "p"], "z": None}, {"q": "b", "x": None, "y": [], "z": "s"}]
+    read = source(write(tmp_path, rows), columns={"anchor": "q", "positive": ["x", "y", "z"]})
+    assert [(row.positive, row.further) for row in read.read()] == [("p", ("r",)), ("s", ())]
+    assert read.report.told()[0] == "x: reads 'q' as anchor, 'x', 'y', 'z' as positives"
+    assert "columns.positive" in refused(tmp_path / "x.jsonl", columns={"anchor": "q", "positive": ["x", "w"]})
+    with pytest.raises(ValueError, match="positive"):
+        source(tmp_path / "x.jsonl", columns={"anchor": "q", "positive": []})
+    with pytest.raises(ValueError, match="several_positives"):
+        source(tmp_path / "x.jsonl", several_positives="both")
 
 
 def test_positives_that_are_no_texts_are_counted_and_the_others_used(tmp_path):
     rows = [{"query": "a", "pos": ["p", 7]}, {"query": "b", "pos": []}, {"query": "c", "pos": [""]},
             {"query": "d", "pos": [["i", "t"]]}, {"query": ["e", "f"], "pos": ["p", "q"]},
             {"query": {"x": 1}, "pos": "p"}]  # fmt: skip
-    read = source(write(tmp_path, rows))
+    whole = source(write(tmp_path, rows))
+    assert rows_of(whole) == [] and whole.report.dropped["positive is int, not text"] == 1
+    read = source(tmp_path / "x.jsonl", several_positives="apart")
     assert rows_of(read) == [("a", "p", ())]
     assert read.report.dropped == {
         "positive is int, not text": 1, "positive is missing": 1, "positive is empty": 1,
@@ -340,9 +371,10 @@ def beir(
 def test_beir_folders(tmp_path):
     read = source(beir(tmp_path / "set"))
     expected = [("query 1", "of one one"), ("query 1", "two"), ("query 3", "three")]
-    assert [row[:2] for row in rows_of(read)] == expected
+    assert [row[:2] for row in pairs_of(read)] == expected and len(rows_of(read)) == 2
     assert read.report.dropped == {"positive is missing": 1}  # d9 is not in the corpus
-    assert read.report.first_dropped == ["train.tsv row 2: positive is missing"]
+    assert read.report.first_dropped == ["train.tsv row 1: positive is missing"]
+    assert [row[:2] for row in rows_of(source(tmp_path / "set", several_positives="apart"))] == expected
     first = read.fingerprint()
     beir(tmp_path / "set", lines="q1\td1\t1\n")
     assert source(tmp_path / "set").fingerprint() != first
@@ -352,7 +384,7 @@ def test_beir_folders(tmp_path):
 def test_splits_of_beir_folders(tmp_path):
     folder = beir(tmp_path / "set", "test")
     assert refused(folder) == f"data.sources[0]: no split train in {folder} (has: test); set split"
-    assert len(rows_of(source(folder, split="test"))) == 3
+    assert len(pairs_of(source(folder, split="test"))) == 3
     assert "no split 'dev' in" in refused(folder, split="dev")
     (folder / "qrels" / "test.tsv").unlink()
     assert "has documents and queries and no judgements (qrels) that pair them" in refused(folder)
@@ -378,9 +410,11 @@ def test_documents_judged_0_are_dealt_out_as_hard_negatives(tmp_path):
     lines = "q1\td1\t1\nq1\td2\t0\nq1\td3\t2\nq2\td3\t1\nq2\td1\t-1\nq1\td9\t0\nq3\td1\t0\n"
     folder = beir(tmp_path / "set", lines=lines)
     expected = [("query 1", "of one one", ("two",)), ("query 1", "three", ()), ("query 2", "three", ())]
-    assert [row[:3] for row in rows_of(source(folder))] == expected
-    assert [row[2] for row in rows_of(source(folder, columns={"negatives": []}))] == [(), (), ()]
-    assert [row[:3] for row in rows_of(source(folder, max_rows=1))] == expected[:1]
+    apart = {"several_positives": "apart"}
+    assert [row[:3] for row in rows_of(source(folder, **apart))] == expected
+    assert [row[2] for row in rows_of(source(folder, columns={"negatives": []}, **apart))] == [(), (), ()]
+    assert [row[:3] for row in rows_of(source(folder, max_rows=1, **apart))] == expected[:1]
+    assert [row[:3] for row in pairs_of(source(folder))] == [expected[0], ("query 1", "three", ("two",)), expected[2]]
     beir(tmp_path / "set", lines="q1\td1\t1\nq1\td1\t0\nq1\td2\t0\n")
     assert [row[2] for row in rows_of(source(folder))] == [("two",)], "what is relevant is no negative"
 

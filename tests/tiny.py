@@ -110,12 +110,20 @@ class Recorder(torch.optim.SGD):
 
 
 def one_step(
-    world: World, config: RunConfig, corpus: Corpus, student: Student, guide: Guide | None, step: int = 1
+    world: World,
+    config: RunConfig,
+    corpus: Corpus,
+    student: Student,
+    guide: Guide | None,
+    step: int = 1,
+    rows: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """A real train_step on all rows of the corpus as one global batch: what came out, and how it was done."""
+    """A real train_step on all rows of the corpus, or these, as one global batch: what came out, and how it was
+    done."""
     optimizer = Recorder(student)
     train_state = TrainState(config, corpus, student, guide, optimizer, world)
-    plan = plan_batch(corpus, np.arange(corpus.num_rows), step, train_state.chunk_rule, guide is not None)
+    rows = np.arange(corpus.num_rows) if rows is None else rows
+    plan = plan_batch(corpus, rows, step, train_state.chunk_rule, guide is not None)
     result = train_step(train_state, plan)
     return {
         "loss": result.loss,

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gist_dist.config import LossConfig
-from gist_dist.core.candidates import BatchIndex, false_negatives
+from gist_dist.core.candidates import BatchIndex, false_negatives, mean_over_positives
 from gist_dist.core.layout import Layout
 
 
@@ -38,6 +38,15 @@ class CandidateTable:
         anchors, positives = embeddings[self.batch.anchors[rows]], embeddings[self.batch.positives[rows]]
         return (anchors * positives).sum(dim=1, keepdim=True)
 
+    def guide_positive(self, rows: Tensor) -> Float[Tensor, "r 1"]:
+        """What the threshold is taken from."""
+        first, places = self.of_positive(self.guide, rows), self.batch.further_positives
+        if places is None:
+            return first
+        texts = self.batch.texts[places[rows].clamp(min=0)]
+        further = (self.guide[self.batch.anchors[rows]].unsqueeze(1) * self.guide[texts]).sum(dim=2)
+        return mean_over_positives(first, further, places[rows] >= 0)
+
     def of_pair(self, embeddings: Float[Tensor, "u e"], row: int, column: int) -> Float[Tensor, ""]:
         return (embeddings[self.query(row, column)] * embeddings[self.texts[column]]).sum()
 
@@ -47,7 +56,7 @@ class CandidateTable:
 
     def masked(self, rows: Tensor) -> Bool[Tensor, "r c"]:
         """What the guide takes out, unless another rule does."""
-        masked = false_negatives(self.scores(self.guide, rows), self.of_positive(self.guide, rows), self.loss)
+        masked = false_negatives(self.scores(self.guide, rows), self.guide_positive(rows), self.loss)
         return masked & ~self._is_own_negative(rows) if self.loss.guard_negatives else masked
 
     def left_out(self, rows: Tensor) -> Bool[Tensor, "r c"]:

@@ -97,6 +97,25 @@ class BatchIndex:
         return parts
 
 
+def mean_over_positives(
+    first: Float[Tensor, "b 1"], further: Float[Tensor, "b q"], is_there: Bool[Tensor, "b q"]
+) -> Float[Tensor, "b 1"]:
+    """What the guide's threshold of a row is taken from: how near its positives are to its anchor. The nearest alone
+    could be a copy of the anchor, which would leave nothing to drop; the farthest alone a mistake, which would drop
+    everything."""
+    total = first + further.masked_fill(~is_there, 0.0).sum(dim=1, keepdim=True)
+    return total / (1 + is_there.sum(dim=1, keepdim=True))
+
+
+def further_places(rows: Int[Tensor, "m"], num_rows: int) -> Int[Tensor, "g q"]:
+    """BatchIndex.further_positives; rows: whose each of more_positives is, ascending."""
+    counts = torch.bincount(rows, minlength=num_rows)
+    number = torch.arange(len(rows), device=rows.device)
+    places = rows.new_full((num_rows, int(counts.max())), -1)
+    places[rows, number - (counts.cumsum(0) - counts)[rows]] = num_rows + number
+    return places
+
+
 @dataclass(frozen=True)
 class LossShare:
     """What some of the rows contribute. Shares add up: their sum over workers is the single-process result."""

@@ -30,9 +30,10 @@ class Rules(Protocol):
         """The rows with those of equal loss together, and where those are."""
 
     def known(
-        self, anchors: np.ndarray, positives: np.ndarray, table: np.ndarray
+        self, anchors: np.ndarray, positives: np.ndarray, table: np.ndarray, further_rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Rows, ascending, and places in the table whose text is a known positive of the row."""
+        """Rows, ascending, and places in the table whose text is a known positive of the row, and none of its own
+        texts. further_rows: whose each further positive is; they stand in the table behind the positives."""
 
 
 @runtime_checkable
@@ -52,6 +53,13 @@ class PreparedRows(Protocol):
 
     @property
     def rules(self) -> "Rules": ...
+
+    def further_of(self, rows: np.ndarray) -> np.ndarray:
+        """Text numbers of all positives of these rows beside the first."""
+
+    @property
+    def num_further(self) -> np.ndarray:
+        """So many each row has."""
 
     def negatives_of(self, rows: np.ndarray) -> np.ndarray:
         """Text numbers of all hard negatives of these rows."""
@@ -123,10 +131,12 @@ class BatchPlan:
     SimCSE, comes again behind those, for its positive: encoded twice, each time with its own dropout."""
     anchors: np.ndarray
     positives: np.ndarray
+    more_positives: np.ndarray
     negatives: np.ndarray
-    """Positions in texts: [g], [g] and [n] for the hard negatives of all rows."""
+    """Positions in texts: [g], [g], [m] for the rows' positives beside the first, [n] for all their hard negatives."""
+    more_positive_rows: np.ndarray
     negative_rows: np.ndarray
-    """The row of the batch that each hard negative belongs to [n]."""
+    """The row of the batch that each of them belongs to [m], [n]."""
     identity: np.ndarray
     """Equal for texts with the same student token ids [u]."""
     student_chunks: tuple[Chunk, ...]
@@ -163,29 +173,34 @@ def plan_batch(corpus: PreparedRows, rows: np.ndarray, step: int, rule: ChunkRul
         return pack_chunks(lengths, rule.tokens) if is_packed else cut_chunks(lengths, rule.tokens, rule.start_tokens)
 
     rows, sections = corpus.rules.in_order(rows, corpus.source)
-    anchors, positives, negatives = corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)
-    texts, positions = np.unique(np.concatenate([anchors, positives, negatives]), return_inverse=True)
+    anchors, positives = corpus.anchors[rows], corpus.positives[rows]
+    further, negatives = corpus.further_of(rows), corpus.negatives_of(rows)
+    texts, positions = np.unique(np.concatenate([anchors, positives, further, negatives]), return_inverse=True)
     (of_one_text,) = np.nonzero(anchors == positives)
     again = np.unique(positives[of_one_text])
     positions[len(rows) + of_one_text] = len(texts) + np.searchsorted(again, positives[of_one_text])
     texts = np.concatenate([texts, again])
     _, first, input_of = np.unique(corpus.guide_keys[texts, 0], return_index=True, return_inverse=True)
     guide_inputs = texts[first]
-    g = len(rows)
+    g, m = len(rows), len(further)
+    further_rows = np.repeat(np.arange(g), corpus.num_further[rows])
+    table = np.concatenate([positives, further, negatives, anchors])
     return BatchPlan(
         step=step,
         rows=rows,
         texts=texts,
         anchors=positions[:g],
         positives=positions[g : 2 * g],
-        negatives=positions[2 * g :],
+        more_positives=positions[2 * g : 2 * g + m],
+        negatives=positions[2 * g + m :],
+        more_positive_rows=further_rows,
         negative_rows=np.repeat(np.arange(g), corpus.num_negatives[rows]),
         identity=np.unique(corpus.identity[texts], return_inverse=True)[1],
         student_chunks=cut(corpus.student_lengths[texts], rule.packs_student),
         guide_inputs=guide_inputs,
         guide_input_of=input_of,
         guide_chunks=cut(corpus.guide_lengths[guide_inputs], rule.packs_guide) if with_guide else (),
-        known=corpus.rules.known(anchors, positives, np.concatenate([positives, negatives, anchors])),
+        known=corpus.rules.known(anchors, positives, table, further_rows),
         groups=None if corpus.rules.groups is None else corpus.rules.groups[texts],
         sections=sections,
     )

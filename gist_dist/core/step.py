@@ -16,7 +16,7 @@ from torch.profiler import record_function
 from gist_dist.common.errors import in_phase
 from gist_dist.config import RunConfig
 from gist_dist.core.candidate_table import mean_guide_similarity
-from gist_dist.core.candidates import BatchIndex, row_blocks
+from gist_dist.core.candidates import BatchIndex, further_places, row_blocks
 from gist_dist.core.collectives import World, all_gather_rows, all_reduce_sum, all_reduce_values, reduce_scatter_rows
 from gist_dist.core.device import sent
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
@@ -269,12 +269,17 @@ def _order_by_rank(chunks: tuple[Chunk, ...], chunks_by_rank: list[list[int]]) -
 def batch_index(plan: BatchPlan, device: torch.device) -> BatchIndex:
     """What the loss has to know of a plan."""
     known_rows, known_places = (None, None) if plan.known is None else map(torch.from_numpy, plan.known)
+    has_several = len(plan.more_positives) > 0
     return BatchIndex(
         anchors=torch.from_numpy(plan.anchors),
         positives=torch.from_numpy(plan.positives),
         negatives=torch.from_numpy(plan.negatives),
         identity=torch.from_numpy(plan.identity),
         negative_rows=torch.from_numpy(plan.negative_rows),
+        more_positives=torch.from_numpy(plan.more_positives) if has_several else None,
+        further_positives=further_places(torch.from_numpy(plan.more_positive_rows), len(plan.rows))
+        if has_several
+        else None,
         known_rows=known_rows,
         known_places=known_places,
         groups=None if plan.groups is None else torch.from_numpy(plan.groups),

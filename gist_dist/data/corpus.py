@@ -46,11 +46,14 @@ logger = logging.getLogger(__name__)
 PREPARING = "preparing data"
 """The phase, as a terminal shows it."""
 SAY = progress_of(logger, PREPARING)
-FORMAT = 3
+FORMAT = 4
 KEY = re.compile(r"[0-9a-f]{20}")
 MERGED = re.compile(r"(part|index|rows)-")
-CONTENT = ("anchors", "positives", "negatives", "negative_offsets", "source", "identity", "guide_keys", "label")
-"""The arrays that batches are a function of."""
+CONTENT = (
+    *("anchors", "positives", "negatives", "negative_offsets", "source", "identity", "guide_keys", "label"),
+    *("further", "further_offsets"),
+)
+"""The arrays that batches are a function of, where they are there."""
 Runner = Callable[[Job, Callable[[int, int], None]], Iterable[tuple[int, Commit | None]]]
 """Runs every part of a job, in any order, and gives its number and commit as soon as it is done. It calls the second
 argument with the number of a part and how many of its rows are read by now."""
@@ -80,6 +83,9 @@ class Corpus:
         self.guide_keys = arrays.get("guide_keys", np.broadcast_to(np.uint64(0), (n, 2)))
         """128 bits of the guide's token ids: equal for the same input. All 0 where no guide was prepared for."""
         self._negatives, self._negative_offsets = arrays["negatives"], arrays["negative_offsets"]
+        none = np.broadcast_to(np.int64(0), self.num_rows + 1)
+        self._further = arrays.get("further", np.empty(0, np.int64))
+        self._further_offsets = arrays.get("further_offsets", none)
         self._at = arrays["at"]
         """Position of every text in the texts files, one after the other."""
         self._texts = _TextFiles(folder, self.manifest["shards"])
@@ -125,6 +131,35 @@ class Corpus:
         that a run begins with."""
         digests = {"clusters": self.clusters and self.clusters.digest, "mined": self.mined_digest}
         return {name: digest for name, digest in digests.items() if digest}
+
+    @cached_property
+    def num_further(self) -> np.ndarray:
+        """Of every row: positives beside the first."""
+        return np.diff(self._further_offsets)
+
+    def further_of(self, rows: np.ndarray) -> np.ndarray:
+        """Text numbers of the further positives of all these rows, joined."""
+        starts = self._further_offsets[rows]
+        return self._further[expand(starts, self._further_offsets[rows + 1] - starts)[1]]
+
+    def own_texts_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(place in rows, text number) of all that these rows have by their source: what decides who shares a batch."""
+        places = np.arange(len(rows))
+        owners = [places, places, *(np.repeat(places, n[rows]) for n in (self.num_further, self.num_own_negatives))]
+        texts = [self.anchors[rows], self.positives[rows], self.further_of(rows), self.own_negatives_of(rows)]
+        return np.concatenate(owners), np.concatenate(texts)
+
+    def texts_of(self, rows: np.ndarray) -> np.ndarray:
+        """Text numbers of all that these rows have, joined."""
+        return np.concatenate(
+            [self.anchors[rows], self.positives[rows], self.further_of(rows), self.negatives_of(rows)]
+        )
+
+    @cached_property
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Anchor and positive of every row, and then again the anchor with each further positive."""
+        anchors = np.repeat(self.anchors, self.num_further)
+        return np.concatenate([self.anchors, anchors]), np.concatenate([self.positives, self._further])
 
     @cached_property
     def num_own_negatives(self) -> np.ndarray:

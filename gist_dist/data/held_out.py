@@ -53,9 +53,9 @@ def held_out_rows(config: RunConfig, corpus: "Corpus") -> Int[np.ndarray, " h"]:
 def row_clusters(corpus: "Corpus") -> tuple[Int[np.ndarray, " r"], Int[np.ndarray, " clusters"]]:
     """The cluster of every row, and how many rows each has."""
     ids = np.unique(corpus.identity, return_inverse=True)[1]
-    ends = ids[corpus.anchors], ids[corpus.positives]
-    labels = [] if corpus.label is None else [pairs_of_labels(ends[0], corpus.label)]
-    group = joined_by_pairs([ends, *labels], int(ids.max(initial=-1)) + 1)[ends[0]]
+    anchors, (first, second) = ids[corpus.anchors], corpus.pairs
+    labels = [] if corpus.label is None else [pairs_of_labels(anchors, corpus.label)]
+    group = joined_by_pairs([(ids[first], ids[second]), *labels], int(ids.max(initial=-1)) + 1)[anchors]
     cluster = np.unique(group, return_inverse=True)[1]
     return cluster, np.bincount(cluster)
 
@@ -66,7 +66,8 @@ def write_evaluation_set(config: RunConfig, corpus: "Corpus", folder: Path) -> N
     rows = held_out_rows(config, corpus)
     cluster = row_clusters(corpus)[0][rows]
     queries = _distinct(corpus, corpus.anchors[rows], cluster)
-    documents = _distinct(corpus, corpus.positives[rows], cluster)
+    positives = np.concatenate([corpus.positives[rows], corpus.further_of(rows)])
+    documents = _distinct(corpus, positives, np.concatenate([cluster, np.repeat(cluster, corpus.num_further[rows])]))
     members: dict[int, list[str]] = {}
     for text, (name, of) in documents.items():
         members.setdefault(of, []).append(name)

@@ -5,8 +5,8 @@ corpus/…, queries/…, qrels/train.parquet (or default/, data/)  MTEB, in a fo
 subsets corpus, queries, default (or qrels)                    MTEB and BEIR on the Hub; eng-corpus, … with subset: eng
 collection.tsv, queries.train.tsv, qrels.train.tsv             MS MARCO
 
-Every document that is judged relevant to a query makes a row: the query and the document (its title before its text).
-Those judged 0 are the query's hard negatives: somebody has looked at them. Each is given to one of its rows.
+A query and all documents that are judged relevant to it (the title before the text) make a row; with several_positives:
+apart each of them does. Those judged 0 are the query's hard negatives: somebody has looked at them.
 """
 
 import re
@@ -53,20 +53,22 @@ Reader = SourceFile | HubRows
 
 
 class Judged(NamedTuple):
-    """Ids of a query, of a document that is relevant to it, and of documents that are not."""
+    """Ids of a query, of documents that are relevant to it, and of some that are not."""
 
     query: str
-    document: str
+    documents: tuple[str, ...]
     negatives: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class JudgedPairs:
-    """The pairs of one split, read like a file with the columns anchor, positive and negatives."""
+    """The judgements of one split, read like a file with the columns anchor, positive (a list) and negatives."""
 
     documents: tuple[Reader, ...]
     queries: tuple[Reader, ...]
     judgements: tuple[Reader, ...]
+    together: bool = True
+    """A row has all documents that are relevant to its query, or each makes a row."""
 
     @property
     def _all(self) -> tuple[Reader, ...]:
@@ -96,40 +98,41 @@ class JudgedPairs:
 
     def read(self, wanted: list[str], start: int, num_rows: int | None) -> Iterator[tuple[int, list[list[Any]]]]:
         """As SourceFile.read. Only texts that are judged are held in memory; one that is missing is null."""
-        pairs = self._pairs()[start : None if num_rows is None else start + num_rows]
+        pairs = self._rows()[start : None if num_rows is None else start + num_rows]
         queries = _texts(self.queries, {pair.query for pair in pairs})
-        judged = {pair.document for pair in pairs}
+        judged = {document for pair in pairs for document in pair.documents}
         if "negatives" in wanted:
             judged.update(*(pair.negatives for pair in pairs))
         documents = _texts(self.documents, judged)
 
         def cells(pair: Judged) -> dict[str, Any]:
-            negatives = [documents.get(document) for document in pair.negatives]
-            return {"anchor": queries.get(pair.query), "positive": documents.get(pair.document), "negatives": negatives}
+            positive, negatives = ([documents.get(d) for d in ids] for ids in (pair.documents, pair.negatives))
+            return {"anchor": queries.get(pair.query), "positive": positive, "negatives": negatives}
 
         records = (tuple(row[name] for name in wanted) for row in map(cells, pairs))
         for batch in batches_of(records):
             yield start, [list(column) for column in zip(*batch, strict=True)]
             start += len(batch)
 
-    def _pairs(self) -> list[Judged]:
-        """In the order of the judgements; the documents judged 0 are dealt out over the rows of their query."""
-        relevant, rejected = list[tuple[str, str]](), defaultdict[str, list[str]](list)
+    def _rows(self) -> list[Judged]:
+        """In the order of the judgements; where documents make rows, those judged 0 are dealt out over them."""
+        relevant, rejected = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+        order = list[tuple[str, str]]()
         for query, document, score in self._scores():
             if score > 0:
-                relevant.append((query, document))
+                relevant[query].append(document)
+                order.append((query, document))
             elif score == 0:  # below it stands for spam, or for not judged
                 rejected[query].append(document)
-        of_query = defaultdict[str, list[str]](list)
-        for query, document in relevant:
-            of_query[query].append(document)
-        pairs, seen = [], defaultdict[str, int](int)
-        for query, document in relevant:
-            negatives = [d for d in rejected[query] if d not in of_query[query]] if query in rejected else []
-            own = negatives[seen[query] :: len(of_query[query])][:MOST_NEGATIVES]
-            pairs.append(Judged(query, document, tuple(own)))
+        negatives = {query: [d for d in rejected[query] if d not in relevant[query]] for query in relevant}
+        if self.together:
+            return [Judged(q, tuple(found), tuple(negatives[q][:MOST_NEGATIVES])) for q, found in relevant.items()]
+        rows, seen = [], defaultdict[str, int](int)
+        for query, document in order:
+            own = negatives[query][seen[query] :: len(relevant[query])][:MOST_NEGATIVES]
+            rows.append(Judged(query, (document,), tuple(own)))
             seen[query] += 1
-        return pairs
+        return rows
 
     def _scores(self) -> Iterator[tuple[str, str, float]]:
         """Query id, document id and score of every judgement."""
@@ -189,7 +192,8 @@ def find_judged(files: Iterable[tuple[str, SourceFile]], config: SourceConfig, w
         of_split = tuple(file for name, file in queries if name in (None, split))
         if not of_split:
             raise UserError(f"{where}: {config.path} has judgements of {split} and no queries of it")
-        return [JudgedPairs(tuple(file for _, file in documents), of_split, tuple(splits[split]))]
+        together = config.several_positives == "together"
+        return [JudgedPairs(tuple(file for _, file in documents), of_split, tuple(splits[split]), together)]
     return []
 
 
@@ -212,7 +216,8 @@ def open_hub(config: SourceConfig, where: str) -> HubRows | JudgedPairs:
         wanted = [named] if named else splits
         return tuple(HubRows(config.model_copy(update={"subset": subset, "split": s}), where) for s in wanted)
 
-    return JudgedPairs(whole(documents), whole(queries), (HubRows(judged.model_copy(update={"split": split}), where),))
+    judgements = HubRows(judged.model_copy(update={"split": split}), where)
+    return JudgedPairs(whole(documents), whole(queries), (judgements,), config.several_positives == "together")
 
 
 def _split_to_read(known: Iterable[str], config: SourceConfig, where: str) -> str:

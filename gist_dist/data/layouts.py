@@ -1,7 +1,7 @@
 """Which columns hold which role, by the names that the field's tools give them, and the texts in cells of all their
 shapes.
 
-anchor, positive, negative_1, …                     sentence-transformers, in any order
+anchor, positive, negative_1, …                     sentence-transformers, in any order; positive_1, positive_2, …
 query, pos, neg (lists of texts)                    FlagEmbedding
 query, positive_passages, negative_passages         Tevatron: lists of {docid, title, text}
 query, response, rejected_response                  ms-swift
@@ -34,6 +34,8 @@ PAIRS = (
     ("text1", "text2"),
 )
 """Names that say nothing alone."""
+NUMBERED_POSITIVES = ("positive", "pos")
+"""These may be several columns: positive_1, positive_2, …"""
 NEGATIVES = (
     "negatives",
     "negative",
@@ -77,25 +79,30 @@ class Roles(NamedTuple):
     """Column names."""
 
     anchor: str
-    positive: str
+    positives: tuple[str, ...]
     negatives: tuple[str, ...]
     prompt: str | None
+
+    @property
+    def _columns(self) -> set[str | None]:
+        return {self.anchor, *self.positives, *self.negatives, self.prompt}
 
     def told(self, known: Iterable[str]) -> str:
         """For the plan, of a layout that isn't anchor, positive and negatives, or has columns that one may think are
         used; else empty."""
         known = set(known)
-        unread = [name for name in GRADES if name in known and name not in self]
+        unread = [name for name in GRADES if name in known and name not in self._columns]
         notes = [f"'{unread[0]}' is not used, and every row is taken as a positive pair"] if unread else []
         notes += [f"'{name}' is not used: only texts are trained" for name in OTHER_SENSES if name in known]
-        if (self.anchor, self.positive, self.prompt) == ("anchor", "positive", None) and all(
+        if (self.anchor, self.positives, self.prompt) == ("anchor", ("positive",), None) and all(
             re.match("negative", name) for name in self.negatives
         ):
             return "; ".join(notes)
-        told = [f"'{self.anchor}' as anchor", f"'{self.positive}' as positive"]
+        as_positives = "positives" if len(self.positives) > 1 else "positive"
+        told = [f"'{self.anchor}' as anchor", f"{', '.join(map(repr, self.positives))} as {as_positives}"]
         told += [f"{', '.join(map(repr, self.negatives))} as negatives"] if self.negatives else []
         told += [f"'{self.prompt}' before the anchor"] if self.prompt else []
-        unused = [name for name in ROW_PROMPTS if name in known and name not in self]
+        unused = [name for name in ROW_PROMPTS if name in known and name not in self._columns]
         hint = f"; '{unused[0]}' is not used (set columns.prompt to put it before the anchor)" if unused else ""
         return "; ".join([f"reads {', '.join(told)}{hint}", *notes])
 
@@ -118,21 +125,22 @@ def find_roles(columns: Columns, known: Iterable[str], where: str) -> Roles:
     role, and for sets that are no pairs.
     """
     names = set(known)
-    anchor, positive = columns.anchor, columns.positive
-    if anchor is None and positive is None and names & {"messages", "response"} and "label" in names:  # ms-swift
+    anchor, positives = columns.anchor, columns.positive
+    if anchor is None and positives is None and names & {"messages", "response"} and "label" in names:  # ms-swift
         swift = ("query", "response") if "response" in names else ("messages", "positive_messages")
         _refuse_grades(swift, {"label"}, where)
-    if anchor is None and positive is None:
+    if anchor is None and positives is None:
         pair = next((pair for pair in PAIRS if names.issuperset(pair)), None)
         if pair and not names & {"anchor", "positive"}:
             _refuse_grades(pair, names, where)
-            anchor, positive = pair
+            anchor, positives = pair[0], (pair[1],)
         elif not names & {"anchor", "positive"}:
             _refuse_classes(names, where)
-    anchor = anchor or _find("anchor", ANCHORS, names - {positive}, where)
-    positive = positive or _find("positive", POSITIVES, names - {anchor}, where)
-    negatives = _find_negatives(names) if columns.negatives is None else columns.negatives
-    return Roles(anchor, positive, negatives, columns.prompt)
+    anchor = anchor or _find("anchor", ANCHORS, names - set(positives or ()), where)
+    if positives is None:
+        positives = _find_positives(names - {anchor}, where)
+    negatives = _find_columns(NEGATIVES, names) if columns.negatives is None else columns.negatives
+    return Roles(anchor, positives, negatives, columns.prompt)
 
 
 def _find(role: str, groups: tuple[tuple[str, ...], ...], names: set[str], where: str) -> str:
@@ -146,9 +154,16 @@ def _find(role: str, groups: tuple[tuple[str, ...], ...], names: set[str], where
     return role
 
 
-def _find_negatives(names: set[str]) -> tuple[str, ...]:
+def _find_positives(names: set[str], where: str) -> tuple[str, ...]:
+    first = _find("positive", POSITIVES, names, where)
+    if first in POSITIVES[0] and first not in NUMBERED_POSITIVES:
+        return (first,)
+    return _find_columns(NUMBERED_POSITIVES, names) or (first,)
+
+
+def _find_columns(stems: tuple[str, ...], names: set[str]) -> tuple[str, ...]:
     """One column, or those that are numbered: negative_1, negative_2, …"""
-    for stem in NEGATIVES:
+    for stem in stems:
         numbered = [(int(found[1]), name) for name in names if (found := re.fullmatch(rf"{stem}_?(\d{{1,4}})", name))]
         if stem in names or numbered:
             return (*((stem,) if stem in names else ()), *(name for _, name in sorted(numbered)))

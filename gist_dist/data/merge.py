@@ -85,6 +85,9 @@ def merge(job: Job, store: Store, commits: Sequence[Commit], folder: Path) -> di
             _append_rows(arrays, rows, numbers[own], groups, sources.row_offsets[part])
             sources.count(index, rows, is_new, groups)
             which += 1
+    if not arrays["further"].length:  # as before rows could have several
+        for name in ("further", "further_offsets"):
+            arrays.pop(name).close()
     merged = {}
     for name, array in arrays.items():
         path, digest = name_by_content(array.close())
@@ -164,11 +167,10 @@ class _Sources:
         source_of_row = groups[_values(rows, "group")]
         last = np.arange(rows.num_rows)[::-1]
         first_row = np.full(index.num_rows, rows.num_rows)
-        negatives = rows.column("negatives")
         for texts, row in (
             (_values(rows, "anchor"), last),
             (_values(rows, "positive"), last),
-            (negatives.values.to_numpy(), np.repeat(last[::-1], np.diff(negatives.offsets.to_numpy()))[::-1]),
+            *(_with_rows(rows.column(name)) for name in ("further", "negatives")),
         ):
             first_here = np.full(index.num_rows, rows.num_rows)
             first_here[texts[::-1]] = row  # of equal places the last assignment, which is the first row, stays
@@ -194,6 +196,12 @@ class _Sources:
         return described
 
 
+def _with_rows(lists: pa.LargeListArray) -> tuple[np.ndarray, np.ndarray]:
+    """All values, and the row of each, the last row first."""
+    counts = np.diff(lists.offsets.to_numpy())
+    return lists.values.to_numpy(), np.repeat(np.arange(len(counts)), counts)[::-1]
+
+
 def _is_cut(index: pa.RecordBatch, lengths: str, tokenizer: TextTokenizer | None) -> np.ndarray:
     """Whether a text is as long as the limit; one that just fits counts too."""
     if tokenizer is None or tokenizer.max_tokens is None:
@@ -205,7 +213,8 @@ def _open_arrays(folder: Path, with_guide: bool, with_labels: bool) -> dict[str,
     def array(name: str, dtype: type, columns: int | None = None) -> ArrayFile:
         return ArrayFile(folder / f"{name}.npy", dtype, columns)
 
-    arrays = {name: array(name, np.int64) for name in ("anchors", "positives", "negatives", "negative_offsets")}
+    names = ("anchors", "positives", "negatives", "negative_offsets", "further", "further_offsets")
+    arrays = {name: array(name, np.int64) for name in names}
     arrays |= {"source": array("source", np.int32), "number": array("number", np.int64)}
     arrays |= {"identity": array("identity", np.int64), "at": array("at", np.int64)}
     arrays["student_lengths"] = array("student_lengths", np.int32)
@@ -214,7 +223,8 @@ def _open_arrays(folder: Path, with_guide: bool, with_labels: bool) -> dict[str,
     if with_guide:
         arrays["guide_lengths"] = array("guide_lengths", np.int32)
         arrays["guide_keys"] = array("guide_keys", np.uint64, columns=2)
-    arrays["negative_offsets"].append(np.zeros(1))
+    for offsets in ("negative_offsets", "further_offsets"):
+        arrays[offsets].append(np.zeros(1))
     return arrays
 
 
@@ -230,9 +240,10 @@ def _append_texts(arrays: dict[str, ArrayFile], index: pa.RecordBatch, is_new: n
 def _append_rows(
     arrays: dict[str, ArrayFile], rows: pa.RecordBatch, numbers: np.ndarray, groups: np.ndarray, row_offset: int
 ) -> None:
-    negatives = rows.column("negatives")
-    arrays["negative_offsets"].append(arrays["negatives"].length + negatives.offsets.to_numpy()[1:])
-    arrays["negatives"].append(numbers[negatives.values.to_numpy()])
+    for name, offsets in (("negatives", "negative_offsets"), ("further", "further_offsets")):
+        lists = rows.column(name)
+        arrays[offsets].append(arrays[name].length + lists.offsets.to_numpy()[1:])
+        arrays[name].append(numbers[lists.values.to_numpy()])
     arrays["anchors"].append(numbers[_values(rows, "anchor")])
     arrays["positives"].append(numbers[_values(rows, "positive")])
     arrays["source"].append(groups[_values(rows, "group")])

@@ -42,8 +42,7 @@ class SharedTexts:
     def of(cls, corpus: Corpus, passes: np.ndarray) -> "SharedTexts":
         """passes: of every row, how often an epoch may take it."""
         rows = np.arange(corpus.num_rows)
-        owner = np.concatenate([rows, rows, np.repeat(rows, corpus.num_own_negatives)])
-        numbers = np.concatenate([corpus.anchors, corpus.positives, corpus.own_negatives_of(rows)])
+        owner, numbers = corpus.own_texts_of(rows)
         identities, identity = np.unique(corpus.identity, return_inverse=True)
         texts = identity[numbers]
         shared = np.bincount(texts, weights=passes[owner], minlength=len(identities))[texts] > 1

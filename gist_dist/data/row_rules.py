@@ -37,36 +37,15 @@ class KnownPairs:
         starts = np.searchsorted(pairs, np.arange(num_ids + 1, dtype=np.int64) * num_ids)
         return cls(starts, pairs % num_ids)
 
-    def places(
-        self, anchors: Int[np.ndarray, " g"], positives: Int[np.ndarray, " g"], table: Int[np.ndarray, " p"]
+    def partners_of(
+        self, ends: Int[np.ndarray, " e"], rows: Int[np.ndarray, " e"]
     ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
-        """Rows, ascending, and places whose text is a partner of the row's anchor or positive and equals neither.
-
-        All arguments are ids: of the rows' texts, and of the table that candidates stand in.
-        """
-        rows = np.arange(len(anchors))
-        found = [self._partners(ends, rows, others) for ends, others in ((anchors, positives), (positives, anchors))]
-        row, partner = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-        if not len(row):
-            return row, partner
-        order = np.argsort(table, kind="stable")
-        sorted_table = table[order]
-        first, last = (np.searchsorted(sorted_table, partner, side=side) for side in ("left", "right"))
-        found_at, place = expand(first, last - first)
-        pairs = row[found_at] * len(table) + order[place]
-        return np.divmod(np.unique(pairs), len(table))
-
-    def _partners(
-        self, ends: Int[np.ndarray, " g"], rows: Int[np.ndarray, " g"], others: Int[np.ndarray, " g"]
-    ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
-        """Rows, and partners of their ends, but for the row's own other end; most rows have none."""
+        """Ids of texts of some rows, and those rows -> the rows again, and every partner of their texts; not of a text
+        that has one partner, which is the other end of its own row."""
         counts = self.starts[ends + 1] - self.starts[ends]
         some = np.flatnonzero(counts > 1)
-        ends, rows, others, counts = ends[some], rows[some], others[some], counts[some]
-        number, place = expand(self.starts[ends], counts)
-        partners = self.partners[place]
-        kept = partners != others[number]
-        return rows[number][kept], partners[kept]
+        number, place = expand(self.starts[ends[some]], counts[some])
+        return rows[some][number], self.partners[place]
 
 
 @dataclass(frozen=True)
@@ -92,31 +71,66 @@ class RowRules:
         return rows[np.argsort(number, kind="stable")], tuple((range(a, b), own) for a, b, own in sections if a < b)
 
     def known(
-        self, anchors: Int[np.ndarray, " g"], positives: Int[np.ndarray, " g"], table: Int[np.ndarray, " p"]
+        self,
+        anchors: Int[np.ndarray, " g"],
+        positives: Int[np.ndarray, " g"],
+        table: Int[np.ndarray, " p"],
+        further_rows: Int[np.ndarray, " m"],
     ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]] | None:
-        """Known positives of a batch's rows: row, ascending, and place in the table; all given as texts."""
-        if self.pairs is None or self.ids is None:
+        """Known positives of a batch's rows: row, ascending, and place in the table; all given as texts.
+
+        They are the partners of a row's texts, and copies of its further positives, which stand in the table behind the
+        positives; the row's own texts are not among them. further_rows: whose each further positive is.
+        """
+        if self.ids is None or (self.pairs is None and not len(further_rows)):
             return None
-        row, place = self.pairs.places(self.ids[anchors], self.ids[positives], self.ids[table])
+        own, num_rows = (self.ids[anchors], self.ids[positives]), len(anchors)
+        further = self.ids[table[num_rows : num_rows + len(further_rows)]]
+        found = [(further_rows, further)]
+        if self.pairs is not None:
+            ends, rows = np.concatenate([*own, further]), np.arange(num_rows)
+            found.append(self.pairs.partners_of(ends, np.concatenate([rows, rows, further_rows])))
+        row, text = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        is_other = (text != own[0][row]) & (text != own[1][row])
+        row, place = _places(row[is_other], text[is_other], self.ids[table])
+        whose = np.full(len(table), -1)
+        whose[num_rows : num_rows + len(further_rows)] = further_rows
+        is_other = whose[place] != row
         if self.groups is not None:  # those are dropped as texts of one group
-            apart = self.groups[anchors[row]] != self.groups[table[place]]
-            row, place = row[apart], place[apart]
+            is_other &= self.groups[anchors[row]] != self.groups[table[place]]
+        row, place = row[is_other], place[is_other]
         return (row, place) if len(row) else None
+
+
+def _places(
+    row: Int[np.ndarray, " k"], text: Int[np.ndarray, " k"], table: Int[np.ndarray, " p"]
+) -> tuple[Int[np.ndarray, " l"], Int[np.ndarray, " l"]]:
+    """Rows, ascending, and every place in the table that has a text of theirs, once."""
+    if not len(row):
+        return row, text
+    order = np.argsort(table, kind="stable")
+    sorted_table = table[order]
+    first, last = (np.searchsorted(sorted_table, text, side=side) for side in ("left", "right"))
+    found_at, place = expand(first, last - first)
+    return np.divmod(np.unique(row[found_at] * len(table) + order[place]), len(table))
 
 
 def row_rules(config: RunConfig, corpus: "Corpus") -> RowRules:
     """Of the corpus, as the recipe wants them."""
     losses = tuple(config.loss_of(config.data.sources[number]) for number in corpus.recipe_sources)
     losses = losses if len(set(losses)) > 1 or set(losses) != {config.loss} else ()
-    kind = config.data.known_positives
-    if kind == "off":
+    kind, has_several = config.data.known_positives, len(corpus.pairs[0]) > corpus.num_rows
+    if kind == "off" and not has_several:
         return RowRules(losses=losses)
     ids = np.unique(corpus.identity, return_inverse=True)[1]
+    if kind == "off":  # copies of a row's own further positives are no negatives all the same
+        return RowRules(ids, losses=losses)
     num_ids = int(ids.max(initial=-1)) + 1
-    ends = ids[corpus.anchors], ids[corpus.positives]
+    first, second = corpus.pairs
+    ends = ids[first], ids[second]
     joined = [ends] if kind == "clusters" else []
     if corpus.label is not None:
-        joined.append(pairs_of_labels(ends[0], corpus.label))
+        joined.append(pairs_of_labels(ids[corpus.anchors], corpus.label))
     groups = joined_by_pairs(joined, num_ids)[ids] if joined else None
     pairs = KnownPairs.of(*ends, num_ids) if kind == "pairs" else None
     return RowRules(ids, pairs, groups, losses)

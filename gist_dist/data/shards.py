@@ -51,11 +51,15 @@ ROW_SCHEMA = pa.schema(
     {
         "anchor": pa.int32(),
         "positive": pa.int32(),
+        "further": pa.large_list(pa.int32()),  # positives beside the first
         "negatives": pa.large_list(pa.int32()),
         "number": pa.int64(),  # within the part
         "group": pa.int32(),  # of the commit's groups
     }
 )
+ANCHOR, POSITIVE, FURTHER, NEGATIVE = range(4)
+"""What a text is in a row."""
+ROLE_NAMES = ("anchor", "positive", "positive", "negative")
 USABLE, UNKNOWN, EMPTY = range(3)
 REASONS = {UNKNOWN: "has no token that the student knows", EMPTY: "has no token of the guide"}
 
@@ -182,7 +186,9 @@ class _OpenShard:
         """Texts of the next batch: student prompt, guide prompt, text."""
         self.pending_characters = 0
         self.references, self.counts = array("i"), array("i")
-        """Texts of all rows, joined (anchor, positive, negatives), and how many each row has."""
+        """Texts of all rows, joined (anchor, positive, further positives, negatives), and how many each row has."""
+        self.further_counts = array("i")
+        """Further positives among them."""
         self.row_numbers, self.groups = array("q"), list[str]()
         self.labels = array("q")
         """Of every row: equal for those of one label of the source, 0 for none."""
@@ -199,8 +205,10 @@ class _OpenShard:
     def add(self, row: Row) -> None:
         self.references.append(self._number(self.prompts.anchor, row.anchor))
         self.references.append(self._number(self.prompts.positive, row.positive))
+        self.references.extend([self._number(self.prompts.positive, text) for text in row.further])
         self.references.extend([self._number(self.prompts.negatives, text) for text in row.negatives])
-        self.counts.append(2 + len(row.negatives))
+        self.counts.append(2 + len(row.further) + len(row.negatives))
+        self.further_counts.append(len(row.further))
         self.row_numbers.append(row.number)
         self.groups.append(row.group or "")
         self.labels.append(_label_key(self.job.parts[self.number][0], row.label))
@@ -271,21 +279,25 @@ class _OpenShard:
         references, counts = np.frombuffer(self.references, np.int32), np.frombuffer(self.counts, np.int32)
         row_of = np.repeat(np.arange(len(counts)), counts)
         place = np.arange(len(references)) - np.repeat(np.cumsum(counts) - counts, counts)
-        """0: anchor, 1: positive, from 2 on: negatives."""
-        kept = self._report_unusable(columns.pop("state")[references], row_of, place)
-        references, place = references[kept[row_of]], place[kept[row_of]]
+        further_end = 2 + np.frombuffer(self.further_counts, np.int32)[row_of]
+        role = np.where(place < 2, place, np.where(place < further_end, FURTHER, NEGATIVE))
+        kept = self._report_unusable(columns.pop("state")[references], row_of, role)
+        stays = kept[row_of] & ~_repeats(columns["identity"][references], row_of, role)
+        references, role, row_of = references[stays], role[stays], row_of[stays]
         used, first, numbers = np.unique(references, return_index=True, return_inverse=True)
         order = np.argsort(first)
         numbers = np.argsort(order)[numbers].astype(np.int32)
         at = used[order]
         keys = np.frombuffer(b"".join(self.numbers), dtype="<u8").reshape(-1, 2)
         values = {"key": keys[at], "at": at, **{name: column[at] for name, column in columns.items()}}
-        ends = np.cumsum(counts[kept] - 2, dtype=np.int64)
-        negatives = pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), pa.array(numbers[place > 1]))
+        further, negatives = (
+            _as_large_lists(numbers[role == some], row_of[role == some], kept) for some in (FURTHER, NEGATIVE)
+        )
         known = self.commit.groups
         groups = [known.setdefault(self.groups[row], len(known)) for row in np.flatnonzero(kept).tolist()]
         row_numbers = np.frombuffer(self.row_numbers, np.int64)[kept]
-        rows = [numbers[place == 0], numbers[place == 1], negatives, row_numbers, np.array(groups, np.int32)]
+        ends = [numbers[role == some] for some in (ANCHOR, POSITIVE)]
+        rows = [*ends, further, negatives, row_numbers, np.array(groups, np.int32)]
         index = [_as_column(values[name]) for name in INDEX_SCHEMA.names]
         schema = ROW_SCHEMA
         if self.source.has_labels:
@@ -293,16 +305,16 @@ class _OpenShard:
             schema = schema.append(pa.field("label", pa.int64()))
         return pa.record_batch(index, INDEX_SCHEMA), pa.record_batch(list(map(pa.array, rows)), schema)
 
-    def _report_unusable(self, state: np.ndarray, row_of: np.ndarray, place: np.ndarray) -> np.ndarray:
+    def _report_unusable(self, state: np.ndarray, row_of: np.ndarray, role: np.ndarray) -> np.ndarray:
         """Which rows stay. state: what is wrong with the text of every reference."""
         kept = np.ones(len(self.counts), dtype=bool)
         for reference in np.flatnonzero(state).tolist():
             row = int(row_of[reference])
             if kept[row]:
                 kept[row] = False
-                role = ("anchor", "positive", "negative")[min(place[reference], 2)]
+                reason = f"{ROLE_NAMES[role[reference]]} {REASONS[state[reference]]}"
                 self.report.rows_used -= 1
-                self.report.drop(self._where(self.row_numbers[row]), f"{role} {REASONS[state[reference]]}")
+                self.report.drop(self._where(self.row_numbers[row]), reason)
         return kept
 
     def _where(self, row: int) -> str:
@@ -310,6 +322,23 @@ class _OpenShard:
         if len(files) == 1:
             return f"{self.source.files[files[0]].name} row {self.part.start + row}"
         return f"{self.report.name} row {row}"
+
+
+def _repeats(identity: np.ndarray, row_of: np.ndarray, role: np.ndarray) -> np.ndarray:
+    """Further positives that the student can't tell from the row's anchor or from a positive before them."""
+    has_several = np.zeros(int(row_of.max(initial=-1)) + 1, dtype=bool)
+    has_several[row_of[role == FURTHER]] = True
+    (chosen,) = np.nonzero((role < NEGATIVE) & has_several[row_of])
+    first = np.zeros(len(role), dtype=bool)
+    pairs = np.stack([row_of[chosen], identity[chosen]], axis=1)
+    first[chosen[np.unique(pairs, axis=0, return_index=True)[1]]] = True
+    return (role == FURTHER) & ~first
+
+
+def _as_large_lists(values: np.ndarray, row_of: np.ndarray, kept: np.ndarray) -> pa.LargeListArray:
+    """One list for each kept row."""
+    ends = np.cumsum(np.bincount(row_of, minlength=len(kept))[kept], dtype=np.int64)
+    return pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), pa.array(values))
 
 
 def _label_key(source: int, label: str | None) -> int:

@@ -48,11 +48,13 @@ class Row(NamedTuple):
     positive: str
     negatives: tuple[str, ...]
     number: int
-    """Of the row within its part, from 0; unusable rows count. Rows made of one with several positives share it."""
+    """Of the row within its part, from 0; unusable rows count. With several_positives: apart, rows share it."""
     group: str | None = None
     """Value of the split_by column."""
     label: str | None = None
     """Value of the columns.label column."""
+    further: tuple[str, ...] = ()
+    """Positives beside the first, none twice."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ class SourceReport:
     first_dropped: list[str] = field(default_factory=list)
     """Where the first of them are: file, row within the file (from 0) and reason."""
     rows_added: int = 0
-    """Where a row has several positives: those beyond the first, each a row of its own."""
+    """Positives beyond the first of their row that are each a row of their own (several_positives: apart)."""
+    rows_of_several: int = 0
+    further_positives: int = 0
+    """Rows with several positives, and how many they have beyond the first."""
     rows_of_one_text: int = 0
     """Whose anchor and positive are the same text."""
     layout: str = ""
@@ -91,11 +96,20 @@ class SourceReport:
         if len(self.first_dropped) < SHOWN_DROPS:
             self.first_dropped.append(f"{where}: {reason}")
 
+    def use(self, anchors: list[str], positives: list[str], further: list[tuple[str, ...]]) -> None:
+        """Count rows that can be used."""
+        self.rows_used += len(anchors)
+        self.rows_of_one_text += sum(map(eq, anchors, positives))
+        self.rows_of_several += sum(map(bool, further))
+        self.further_positives += sum(map(len, further))
+
     def add(self, other: "SourceReport") -> None:
         """The report of a later part of the same source."""
         self.rows_read += other.rows_read
         self.rows_used += other.rows_used
         self.rows_added += other.rows_added
+        self.rows_of_several += other.rows_of_several
+        self.further_positives += other.further_positives
         self.rows_of_one_text += other.rows_of_one_text
         for reason, count in other.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
@@ -111,7 +125,12 @@ class SourceReport:
         told = [self.layout] if self.layout else []
         if self.rows_added:
             rows = f"{self.rows_read:,} rows are {self.rows_read + self.rows_added:,}"
-            told.append(f"{rows}, one for each positive: a row has one positive, and some here have several")
+            told.append(f"{rows}, one for each positive (several_positives: apart)")
+        if self.rows_of_several:
+            told.append(
+                f"{self.rows_of_several:,} of {self.rows_used:,} rows have several positives, "
+                f"{self.rows_of_several + self.further_positives:,} in all; loss.positives says how they count"
+            )
         if self.rows_of_one_text:
             count = min(self.rows_of_one_text, self.rows_used)
             told.append(
@@ -202,27 +221,26 @@ class Source:
             count = len(columns[0])
             values = [_value(cell) for cell in columns.pop()] if has_groups else []
             labels = list(map(_label, columns.pop())) if self.config.columns.label is not None else [None] * count
-            anchors, positives, negatives, places = self._roles(columns)
+            anchors, positives, further, negatives, places = self._roles(columns)
             groups = [values[place] for place in places] if has_groups else repeat(None, len(places))
             numbers, named = (number + place for place in places), (labels[place] for place in places)
-            records = zip(anchors, positives, negatives, numbers, groups, named, strict=True)
+            records = zip(anchors, positives, negatives, numbers, groups, named, further, strict=True)
             report.rows_read += count
             report.rows_added += len(places) - count
             # Told for a whole batch at once: nearly all batches are fine, and then no row is looked at alone.
-            if self._all_texts(chain(anchors, positives, *negatives)) and (
+            if self._all_texts(chain(anchors, positives, *further, *negatives)) and (
                 not has_groups or all(map(_is_name, groups))
             ):
-                report.rows_used += len(places)
-                report.rows_of_one_text += sum(map(eq, anchors, positives))
+                report.use(anchors, positives, further)
                 yield from starmap(Row, records)
             else:
                 for place, record in zip(places, records, strict=True):
                     if reason := self._complaint(*record):
                         report.drop(f"{name} row {first + place}", reason)
                     else:
-                        report.rows_used += 1
-                        report.rows_of_one_text += record[0] == record[1]
-                        yield Row(*record)
+                        row = Row(*record)
+                        report.use([row.anchor], [row.positive], [row.further])
+                        yield row
             number += count
 
     def read(self) -> Iterator[Row]:
@@ -258,14 +276,16 @@ class Source:
             if left == 0:
                 return
 
-    def _roles(self, columns: list[list[Any]]) -> tuple[list[Any], list[Any], list[tuple[Any, ...]], Sequence[int]]:
-        """Anchor, positive and negatives of each row, and which of the rows read it is made of; what is not text is
-        still in there."""
+    def _roles(
+        self, columns: list[list[Any]]
+    ) -> tuple[list[Any], list[Any], list[tuple[Any, ...]], list[tuple[Any, ...]], Sequence[int]]:
+        """Anchor, positive, further positives and negatives of each row, and which of the rows read it is made of; what
+        is not text is still in there."""
         assert self.roles is not None
-        anchors, *others = columns
+        anchors, *cells = columns
         if self.is_csv:
-            others = [list(map(read_literal, column)) for column in others]
-        positives, *cells = others
+            cells = [list(map(read_literal, column)) for column in cells]
+        positives, cells = cells[: len(self.roles.positives)], cells[len(self.roles.positives) :]
         if self.roles.prompt is not None:
             anchors = list(map(_after_prompt, self._texts(anchors), cells.pop()))
         else:
@@ -275,14 +295,20 @@ class Source:
         if cells:
             rows = zip(*cells, strict=True)
             negatives = [tuple(filter(holds_text, chain.from_iterable(map(as_list, row)))) for row in rows]
-        if not any(isinstance(cell, list) for cell in positives):
-            return anchors, self._texts(positives), negatives, range(len(anchors))
+        if len(positives) == 1 and not any(isinstance(cell, list) for cell in positives[0]):
+            return anchors, self._texts(positives[0]), [()] * len(anchors), negatives, range(len(anchors))
         several = [
-            _usable_positives(as_list(cell)) if isinstance(anchor, str) else [None]  # the anchor is complained of
-            for anchor, cell in zip(anchors, positives, strict=True)
+            _usable_positives([*chain.from_iterable(map(as_list, cells))])
+            if isinstance(anchor, str)
+            else [None]  # the anchor is complained of
+            for anchor, *cells in zip(anchors, *positives, strict=True)
         ]
+        if self.config.several_positives == "together":
+            firsts, further = [texts[0] for texts in several], [tuple(texts[1:]) for texts in several]
+            return anchors, firsts, further, negatives, range(len(anchors))
         places = [place for place, texts in enumerate(several) for _ in texts]
-        return [anchors[i] for i in places], [*chain(*several)], [negatives[i] for i in places], places
+        rows = [anchors[i] for i in places], [*chain(*several)], [()] * len(places), [negatives[i] for i in places]
+        return *rows, places
 
     def _texts(self, cells: list[Any]) -> list[Any]:
         instructions = self.config.columns.instructions
@@ -301,10 +327,18 @@ class Source:
         )
 
     def _complaint(
-        self, anchor: Any, positive: Any, negatives: tuple[Any, ...], number: int, group: Any, _: Any
+        self,
+        anchor: Any,
+        positive: Any,
+        negatives: tuple[Any, ...],
+        number: int,
+        group: Any,
+        _: Any,
+        further: tuple[Any, ...],
     ) -> str:
         """Why a row can't be used; empty if it can."""
-        for role, text in (("anchor", anchor), ("positive", positive), *(("negative", text) for text in negatives)):
+        positives = zip(repeat("positive"), (positive, *further), strict=False)
+        for role, text in (("anchor", anchor), *positives, *zip(repeat("negative"), negatives, strict=False)):
             if reason := self._text_complaint(role, text):
                 return reason
         return self._value_complaint("split_by", group) if self.config.split_by is not None else ""
@@ -359,7 +393,7 @@ class Source:
             wanted = [("columns.text", columns.text), ("columns.label", columns.label)]
         else:
             self.roles = roles = find_roles(columns, self._known_columns(), self.where)
-            wanted = [("columns.anchor", roles.anchor), ("columns.positive", roles.positive)]
+            wanted = [("columns.anchor", roles.anchor), *(("columns.positive", name) for name in roles.positives)]
             wanted += [("columns.negatives", name) for name in roles.negatives]
             wanted += [("columns.prompt", roles.prompt)] if roles.prompt is not None else []
             wanted += [("columns.label", columns.label)] if columns.label is not None else []
@@ -435,8 +469,8 @@ def _listed(columns: Iterable[str]) -> str:
 
 
 def _usable_positives(texts: list[Any]) -> list[Any]:
-    """Without null and blanks, but for one of them where there is nothing else."""
-    return [text for text in texts if holds_text(text)] or texts[:1] or [None]
+    """Each once; without null and blanks, but for one of them where there is nothing else."""
+    return list(dict.fromkeys(filter(holds_text, texts))) or texts[:1] or [None]
 
 
 def _after_prompt(anchor: Any, prompt: Any) -> Any:

@@ -15,6 +15,7 @@ def data_summary(corpus: Corpus, sampler: Sampler) -> dict[str, Any]:
         "sources": source_accounts(corpus, sampler),
         "reports": corpus.manifest["reports"],
         "num_rows": corpus.num_rows,
+        "num_positives": len(corpus.pairs[1]),
         "num_texts": corpus.num_texts,
         "held_out": len(sampler.held_out),
         "rows_per_epoch": sampler.rows_per_epoch,
@@ -79,7 +80,8 @@ def _distinct_texts(corpus: Corpus, num_sources: int) -> tuple[np.ndarray, np.nd
         pairs = np.unique(source.astype(np.int64) * len(identities) + identity[texts])
         return np.bincount(pairs // len(identities), minlength=num_sources)
 
-    anchors, positives = (corpus.source, corpus.anchors), (corpus.source, corpus.positives)
+    anchors = corpus.source, corpus.anchors
+    positives = np.concatenate([corpus.source, np.repeat(corpus.source, corpus.num_further)]), corpus.pairs[1]
     return count(anchors), count(positives), count(anchors, positives, negatives)
 
 
@@ -104,8 +106,6 @@ def _rows_of_commonest_text(corpus: Corpus, sampler: Sampler, num_sources: int) 
 
 def repeated_texts(corpus: Corpus, rows: np.ndarray) -> int:
     """How often a row of this batch has a text that another row before it has; equal token ids are one text."""
-    number = np.arange(len(rows))
-    owner = np.concatenate([number, number, np.repeat(number, corpus.num_own_negatives[rows])])
-    texts = np.concatenate([corpus.anchors[rows], corpus.positives[rows], corpus.own_negatives_of(rows)])
+    owner, texts = corpus.own_texts_of(rows)
     distinct, identity = np.unique(corpus.identity[texts], return_inverse=True)
     return len(np.unique(owner * len(distinct) + identity)) - len(distinct)

@@ -110,7 +110,7 @@ def _inspect_source(
     config: RunConfig, student: Guide, guide: Guide | None, corpus: Corpus, number: int, max_rows: int | None
 ) -> dict[str, Any]:
     rows = _sample(config, corpus, number, max_rows)
-    texts = np.unique(np.concatenate([corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)]))
+    texts = np.unique(corpus.texts_of(rows))
     chunk = config.batch.chunk_tokens
     embedded = torch.from_numpy(encode_inputs(student, corpus.student_tokens(texts), chunk)).float()
     guided = embedded if guide is None else torch.from_numpy(encode_inputs(guide, corpus.guide_tokens(texts), chunk))
@@ -153,7 +153,7 @@ def _known_clusters(config: RunConfig, corpus: Corpus, number: int) -> tuple[str
     and whether that comes from "labels" or "pairs"; None where no text is in two pairs, so that nothing is known."""
     recipe = config.data.sources[corpus.recipe_sources[number]]
     rows = np.flatnonzero(corpus.source == number)
-    used = np.unique(np.concatenate([corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)]))
+    used = np.unique(corpus.texts_of(rows))
     cluster = np.arange(len(corpus.identity))
     if recipe.columns.is_classification:
         labels = dict(Source(recipe, number, config.data.root).labelled())
@@ -161,8 +161,9 @@ def _known_clusters(config: RunConfig, corpus: Corpus, number: int) -> tuple[str
         cluster[used] = np.unique(names, return_inverse=True)[1]
         return "labels", cluster
     identity = np.unique(corpus.identity, return_inverse=True)[1]
-    ends = identity[corpus.anchors[rows]], identity[corpus.positives[rows]]
-    groups = joined_by_pairs([ends], int(identity.max()) + 1)
+    anchors = np.concatenate([corpus.anchors[rows], np.repeat(corpus.anchors[rows], corpus.num_further[rows])])
+    positives = np.concatenate([corpus.positives[rows], corpus.further_of(rows)])
+    groups = joined_by_pairs([(identity[anchors], identity[positives])], int(identity.max()) + 1)
     cluster = np.unique(groups[identity], return_inverse=True)[1]
     return ("pairs" if np.bincount(cluster[corpus.anchors[rows]]).max() > 1 else None), cluster
 
@@ -292,7 +293,7 @@ class _Batch:
         cosines = {
             "student_positive": self.table.of_positive(self.student, at),
             "student_candidate": self.table.of_pair(self.student, row, column),
-            "guide_positive": self.table.of_positive(self.table.guide, at),
+            "guide_positive": self.table.guide_positive(at),
             "guide_candidate": self.table.of_pair(self.table.guide, row, column),
         }
         return {

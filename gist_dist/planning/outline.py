@@ -15,7 +15,7 @@ def outline(config: RunConfig, student: Student, guide: Encoder | None, corpus: 
     told = {
         "student": _model(student),
         "guide": _guide(config, guide),
-        "data": f"{corpus.num_rows:,} rows with {corpus.num_texts:,} distinct texts"
+        "data": f"{corpus.num_rows:,} rows{_several(corpus)} with {corpus.num_texts:,} distinct texts"
         f" of {plural(len(corpus.source_names), 'source')}",
         "steps": f"{sampler.num_steps:,} of {config.batch.global_size:,} rows"
         f" ({sampler.num_steps / sampler.steps_per_epoch:.2f} epochs), temperature {config.loss.temperature:g}",
@@ -28,6 +28,11 @@ def outline(config: RunConfig, student: Student, guide: Encoder | None, corpus: 
         told["data"] += f"; {warning}"
     lines = [f"{name:9}{text}" for name, text in told.items()]
     return lines[:2] + [f"{'prompts':9}{line}" for line in prompt_lines(config, student, guide)] + lines[2:]
+
+
+def _several(corpus: Corpus) -> str:
+    count = len(corpus.pairs[1])
+    return f" and {count:,} positives" if count > corpus.num_rows else ""
 
 
 def prompt_lines(config: RunConfig, student: Student, guide: Encoder | None) -> list[str]:

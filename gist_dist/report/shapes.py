@@ -102,6 +102,7 @@ class DataSummary(Shape):
     sources: list[SourceAccount] = ABSENT
     reports: list[SourceAccount] = ABSENT
     num_rows: Count = None
+    num_positives: Count = None
     num_texts: Count = None
     steps: Count = None
     steps_per_epoch: Count = None

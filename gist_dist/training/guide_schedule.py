@@ -103,8 +103,7 @@ class Guidance:
         seen = np.zeros(len(corpus.identity), dtype=bool)
         for step in range(done + 1, last + 1):
             rows = self.sampler.rows(step)
-            for texts in (corpus.anchors[rows], corpus.positives[rows], corpus.negatives_of(rows)):
-                seen[texts] = True
+            seen[corpus.texts_of(rows)] = True
         return np.flatnonzero(seen)
 
     def _locate(self, cache: GuideCache, texts: np.ndarray) -> None:

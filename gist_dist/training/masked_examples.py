@@ -125,7 +125,7 @@ def _describe(
 ) -> dict[str, Any]:
     """One example: its texts, and the cosines by which both models compare them."""
     number, at = int(plan.rows[row]), torch.tensor([row], device=table.texts.device)
-    guide_positive = table.of_positive(table.guide, at)
+    guide_positive = table.guide_positive(at)
     cosines = {
         "threshold": guide_threshold(guide_positive, table.loss),
         "guide_positive": guide_positive,

@@ -100,6 +100,10 @@ def find_offending_rows(scored: Scored, num_negatives: np.ndarray, loss: LossCon
         of_row = np.repeat(np.arange(batch.num_rows), num_negatives)
         blamed = (bad[batch.anchors.cpu()] | bad[batch.positives.cpu()]).numpy()
         blamed[of_row[bad[batch.negatives.cpu()].numpy()]] = True
+        if batch.more_positives is not None and batch.further_positives is not None:
+            of_table = bad[batch.texts.cpu()]
+            places = batch.further_positives.cpu()
+            blamed |= (of_table[places.clamp(min=0)] & (places >= 0)).any(dim=1).numpy()
         if blamed.any():
             return reason, blamed
     blamed = np.zeros(batch.num_rows, dtype=bool)

@@ -336,7 +336,9 @@ def _by_reason(shortage: np.ndarray) -> dict[str, int]:
 
 
 def _write_rows(corpus: Corpus, rows: np.ndarray, mined: np.ndarray, source: SourceConfig, file: Path) -> None:
-    columns = {"anchor": pa.string(), "positive": pa.string(), "negatives": pa.list_(pa.string())}
+    has_several = bool(corpus.num_further[rows].any())
+    positive = pa.list_(pa.string()) if has_several else pa.string()
+    columns = {"anchor": pa.string(), "positive": positive, "negatives": pa.list_(pa.string())}
     schema = pa.schema(columns | ({source.split_by: pa.string()} if source.split_by else {}))
     groups = [name.partition(f"{source.label}/")[2] or None for name in corpus.source_names]
     with pq.ParquetWriter(file, schema) as writer:
@@ -344,9 +346,13 @@ def _write_rows(corpus: Corpus, rows: np.ndarray, mined: np.ndarray, source: Sou
             part, found = rows[start : start + ROWS_PER_GROUP], mined[start : start + ROWS_PER_GROUP]
             own = np.split(corpus.negatives_of(part), np.cumsum(corpus.num_negatives[part])[:-1])
             negatives = [np.concatenate([texts, more[more >= 0]]) for texts, more in zip(own, found, strict=True)]
+            further = np.split(corpus.further_of(part), np.cumsum(corpus.num_further[part])[:-1])
+            positives = zip(corpus.positives[part], further, strict=True)
             values = {
                 "anchor": _texts(corpus, corpus.anchors[part]),
-                "positive": _texts(corpus, corpus.positives[part]),
+                "positive": [_texts(corpus, np.array([first, *more])) for first, more in positives]
+                if has_several
+                else _texts(corpus, corpus.positives[part]),
                 "negatives": [_texts(corpus, texts) for texts in negatives],
             }
             if source.split_by:
