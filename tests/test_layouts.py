@@ -249,7 +249,7 @@ def test_columns_that_one_may_think_are_used_are_spoken_of(tmp_path, grade):
 def test_lists_in_csv_as_pandas_writes_them(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("""query,pos,neg\nq,"['p1', 'its']","['n1']"\n[a],[b] c,[not a list]\n""")
-    assert rows_of(source(path)) == [("q", "p1", ("n1",)), ("q", "its", ("n1",)), ("[a]", "[b] c", ("[not a list]",))]
+    assert pairs_of(source(path)) == [("q", "p1", ("n1",)), ("q", "its", ("n1",)), ("[a]", "[b] c", ("[not a list]",))]
 
 
 def test_notes_beside_the_data_are_not_what_is_advised(tmp_path):
@@ -474,7 +474,7 @@ def read_hub(folder: Path, **options: Any) -> list[tuple]:
 
 def test_retrieval_sets_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    expected = [(anchor, positive, [*negatives]) for anchor, positive, negatives in MTEB_ROWS]
+    expected = [(anchor, [positive], [*negatives]) for anchor, positive, negatives in MTEB_ROWS]
     assert read_hub(mteb(tmp_path / "one")) == expected
     assert read_hub(mteb(tmp_path / "many", "eng-"), subset="eng") == expected
     with pytest.raises(UserError, match=r"no split 'dev' in .* \(has: train\); set split"):
@@ -496,7 +496,7 @@ def test_a_retrieval_set_whose_judgements_are_another_set(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"set-qrels' can't be loaded as a Hub dataset: "):
         read_hub(folder)
     (folder / "qrels").rename(tmp_path / "set-qrels")
-    expected = [(anchor, positive, [*negatives]) for anchor, positive, negatives in MTEB_ROWS]
+    expected = [(anchor, [positive], [*negatives]) for anchor, positive, negatives in MTEB_ROWS]
     assert read_hub(folder) == expected
 
 
