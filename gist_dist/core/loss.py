@@ -27,7 +27,7 @@ from gist_dist.config import LossConfig
 from gist_dist.core.candidates import BatchIndex, LossShare, count_names, false_negatives, mean_over_positives
 from gist_dist.core.dropped_weight import DroppedWeight
 from gist_dist.core.layout import Layout
-from gist_dist.core.positives import Positives, Promoted
+from gist_dist.core.positives import Positives, Promoted, further_cosines
 
 
 def gist_loss(
@@ -93,8 +93,8 @@ class _Block:
         self.guide_positive, self.promoted = None, None
         if (guides := scorer.guides) is not None:
             self.guide_positive = (guides[self.anchor] * guides[self.positive]).sum(dim=1, keepdim=True)
-            if self.batch.further_positives is not None:
-                further = self._further_cosines(guides, guides.dtype)
+            if (several := self.batch.further_positives) is not None:
+                further = further_cosines(guides[self.anchor], guides, several[rows.start : rows.stop])
                 self.guide_positive = mean_over_positives(self.guide_positive, *further)
             self.counts["guide_positive_similarity"] += self.guide_positive.sum()
             if config.false_negatives == "positive":
@@ -135,17 +135,8 @@ class _Block:
             scores[further.row, further.column] = -torch.inf
             self._no_candidates(further.num_by_part)
         place = self.batch.further_positives[rows.start : rows.stop]
-        cosine, is_there = self._further_cosines(students, torch.float64)
+        cosine, is_there = further_cosines(anchors, students, place, torch.float64)
         return positives.joined(Positives(cosine, is_there.double(), place.clamp(min=0), torch.zeros_like(is_there)))
-
-    def _further_cosines(
-        self, embeddings: Float[Tensor, "t d"], dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "b q"], Bool[Tensor, "b q"]]:
-        """Of the rows' anchors and further positives, and which of them are there."""
-        assert self.batch.further_positives is not None
-        place, anchors = self.batch.further_positives[self.rows.start : self.rows.stop], embeddings[self.anchor]
-        columns = [(anchors * embeddings[column]).sum(dim=1, dtype=dtype) for column in place.clamp(min=0).T]
-        return torch.stack(columns, dim=1), place >= 0
 
     def _drop(self, scores: Float[Tensor, "b all"]) -> None:
         """Scores of -inf for all that a rule takes out, counted and weighed."""

@@ -1,6 +1,7 @@
 """The positives of a block of rows, those that the guide promotes among them, against the negatives."""
 
 # Axes:  b rows of the block   q positives of a row, at most   c candidates of one piece   m that join a row, at most
+#        t texts of the table   d width
 
 from typing import NamedTuple
 
@@ -39,6 +40,17 @@ class Positives(NamedTuple):
         share = log_weight.exp()
         log_scale = (log_weight - log_positive - softplus).logsumexp(dim=1)
         return Slopes((share * softplus).sum(dim=1), share * excess.sigmoid(), log_scale)
+
+
+def further_cosines(
+    anchors: Float[Tensor, "b d"],
+    embeddings: Float[Tensor, "t d"],
+    places: Int[Tensor, "b q"],
+    dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, "b q"], Bool[Tensor, "b q"]]:
+    """Of the rows' anchors and further positives, and which of them are there. places: in the table, -1 for none."""
+    columns = [(anchors * embeddings[column]).sum(dim=1, dtype=dtype) for column in places.clamp(min=0).T]
+    return torch.stack(columns, dim=1), places >= 0
 
 
 class Slopes(NamedTuple):
