@@ -93,7 +93,7 @@ def _train_steps(
     done: int,
 ) -> int:
     """All steps that are left, or those before a stop is wanted; gives the last one."""
-    config, corpus, world, num_steps = train_state.config, train_state.corpus, train_state.world, sampler.num_steps
+    config, world, num_steps = train_state.config, train_state.world, sampler.num_steps
     watchdog = Watchdog(config.cluster.hang_timeout_s, config.run_dir / "logs" / f"hang-{world.rank}.txt")
     worker_speeds = WorkerSpeeds(world, is_on=config.cluster.deal_by_speed)
     profiler = StepProfiler(config, world.rank, train_state.student.device)
@@ -102,8 +102,7 @@ def _train_steps(
     with closing(planned):
         for step, batch, inputs, waited in planned:
             started = time.perf_counter()
-            rate = learning_rate(step, num_steps, config.optim)
-            set_learning_rate(train_state.optimizer, rate)
+            set_learning_rate(train_state.optimizer, rate := learning_rate(step, num_steps, config.optim))
             shows = world.rank == 0 and masking_is_shown(config, step, num_steps)
             with profiler.recording(step), watchdog.watching(step):
                 result = train_step(train_state, batch, inputs, keep_scored=shows)
@@ -114,11 +113,7 @@ def _train_steps(
             largest = _largest(train_state, requests(), worker_speeds.of_step(batch, inputs, result))
             worker_speeds.adopt(largest)
             if observers:
-                peak, of_epoch = largest["memory"], sampler.steps_per_epoch
-                observers.observe(metrics_line(batch, result, corpus, rate, world.size, seconds, of_epoch, peak))
-            if shows and result.scored and not result.non_finite:
-                write_masked_examples(config, corpus, batch, result.scored)
-            result.scored = None  # its memory is the next step's
+                _observe(train_state, observers, sampler, batch, result, rate, seconds, largest["memory"])
             _renew(schedules, step)  # before the checkpoint, which stores what the next step is made with
             request = REQUESTS[int(largest["request"])]
             state.save_if_due(step, request)
@@ -126,6 +121,25 @@ def _train_steps(
             if request == "stop":
                 return step
     return num_steps
+
+
+def _observe(
+    train_state: RunTrainState,
+    observers: Observers,
+    sampler: Sampler,
+    batch: BatchPlan,
+    result: StepResult,
+    rate: float,
+    seconds: float,
+    peak_memory: float,
+) -> None:
+    """Rank 0 writes the step's metrics, and the masked examples where the step has kept its embeddings."""
+    config, corpus, world_size = train_state.config, train_state.corpus, train_state.world.size
+    line = metrics_line(batch, result, corpus, rate, world_size, seconds, sampler.steps_per_epoch, peak_memory)
+    observers.observe(line)
+    if result.scored and not result.non_finite:
+        write_masked_examples(config, corpus, batch, result.scored)
+    result.scored = None  # its memory is the next step's
 
 
 def _largest(train_state: RunTrainState, request: str | None, others: dict[str, float]) -> dict[str, float]:
