@@ -3,6 +3,7 @@
     logger.info("…", extra=phase("training"))   a phase of the command begins
     logger.info("…", extra=PROGRESS)            how far something is; the next such line replaces this one
     logger.warning("…", extra={"problem": …})   what the report repeats, under this code
+    logger.info("…", extra={"resumed": step})   training goes on after this step of a checkpoint
 
 logs/events.jsonl of a run holds the records of rank 0 with these fields, a JSON object a line: the driver follows it
 and the report reads it. Nothing else reads a log.
@@ -18,7 +19,7 @@ from gist_dist.common.redact import Redacting
 from gist_dist.common.untrusted import load_plain_json
 
 EVENTS = "events.jsonl"
-FIELDS = ("phase", "progress", "problem")
+FIELDS = ("phase", "progress", "problem", "resumed")
 PROGRESS = {"progress": True}
 TRAINING = "training"
 """The phase in which the terminal shows metrics."""

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 PLACES = {"name", "data.sources", "student.model", "student.revision", "guide.model", "guide.revision"} | {
     f"{model}.prompts.{role}" for model in ("student", "guide") for role in ROLES
 }
-"""Of a recipe: where things lie, and what is part of them. Fingerprints of the models and of all token ids tell whether
-they are the same."""
+"""Keys that say where things lie, or what is part of them. Fingerprints of the models and of all token ids tell whether
+those are the same."""
 
 
 class RunState:
@@ -163,7 +163,7 @@ class RunState:
                 f"{place}: its tensors are not those of this student, optimizer and guide; give the run another name, "
                 "or remove the folder to start over"
             )
-        logger.info("resuming after step %d from %s", snapshot.step, place)
+        logger.info("resuming after step %d from %s", snapshot.step, place, extra={"resumed": snapshot.step})
         for key, value in _told(self.train_state).items():
             if told.get(key) != value:
                 logger.info("%s was %s and is now %s: dropout or rounding may differ", key, told.get(key), value)

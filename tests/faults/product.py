@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from safetensors.numpy import load_file
 
+from gist_dist.common.events import EVENTS, read_events
+
 MARK = "GIST_CHAOS_MARK"
 """A variable that every process of a run inherits, so that it is found though its parent was killed."""
 
@@ -39,7 +41,7 @@ class Position:
     metrics: int
     """Which file metrics.jsonl is: a run that starts again writes a new one."""
     log: int
-    """Bytes of the log."""
+    """Bytes of the events that the run has logged."""
 
 
 class Recovery(NamedTuple):
@@ -106,7 +108,7 @@ class Run:
 
     def position(self) -> Position:
         step, file = last_step(self.folder / "metrics.jsonl")
-        log = self.folder / "logs" / "train.log"
+        log = self.folder / "logs" / EVENTS
         return Position(time.monotonic(), step, file, log.stat().st_size if log.exists() else 0)
 
     def wait_for(self, reached: Callable[[], Any], what: str, timeout: float = 300) -> Any:
@@ -128,7 +130,7 @@ class Run:
 
     def goes_on(self, fault: Position, timeout: float = 400) -> Recovery:
         """Wait until a restarted group has done a step."""
-        last_before, kept = fault.step, None
+        last_before, kept = fault.step, 0
 
         def again() -> Position | None:
             nonlocal last_before, kept
@@ -136,21 +138,18 @@ class Run:
             if position.metrics == fault.metrics:
                 last_before = max(last_before, position.step)
                 return None
-            if kept is None and (resumed := self._resumed_after(fault)) is not None:
-                kept = resumed
-            return position if kept is not None and position.step > kept else None
+            kept = self._resumed_after(fault)
+            return position if position.step > kept else None
 
         position = self.wait_for(again, "training went on", timeout)
         return Recovery(position.time - fault.time, last_before - kept)
 
-    def _resumed_after(self, fault: Position) -> int | None:
-        """The step of the last checkpoint that the log names after the fault; 0 if the run began anew."""
-        with open(self.folder / "logs" / "train.log", "rb") as log:
+    def _resumed_after(self, fault: Position) -> int:
+        """The step of the last checkpoint that was taken up after the fault; 0 if the run began anew."""
+        with open(self.folder / "logs" / EVENTS, "rb") as log:
             log.seek(fault.log)
-            text = log.read().decode(errors="replace")
-        if named := re.findall(r"resuming after step (\d+)", text):
-            return int(named[-1])
-        return 0 if re.search(r"^step 1/", text, re.MULTILINE) else None
+            events = read_events(log.read().decode(errors="replace").splitlines())
+        return next((event["resumed"] for event in reversed(list(events)) if "resumed" in event), 0)
 
     # ---- its processes
 

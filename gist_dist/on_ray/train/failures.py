@@ -12,6 +12,7 @@ from gist_dist.config import BatchConfig
 
 Kind = Literal["user", "memory", "killed", "hung", "lost", "peer", "error"]
 
+# torch on a CPU, Ray and gloo raise one type for many causes, without a field that tells them apart: their words do.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|Unable to allocate|running low on memory"
     r"|could not create a (primitive|memory object)(?! desc)",  # what oneDNN says of it
@@ -89,6 +90,8 @@ def classify(failures: Mapping[int, BaseException]) -> list[Failure]:
 
 
 def _classified(rank: int, error: BaseException) -> Failure:
+    from torch.distributed import DistError
+
     text = last_line(str(error)) or type(error).__name__
     causes = list(_causes(error))
     full = str(error)
@@ -104,7 +107,7 @@ def _classified(rank: int, error: BaseException) -> Failure:
         if KILLED.search(full):
             return Failure(rank, "killed", f"worker {rank} was ended from outside or ended itself")
         return Failure(rank, "lost", f"worker {rank} was lost")
-    if isinstance(error, RuntimeError) and (type(error).__name__.startswith("Dist") or PEER.search(full)):
+    if isinstance(error, DistError) or (isinstance(error, RuntimeError) and PEER.search(full)):
         return Failure(rank, "peer", text)
     return Failure(rank, "error", f"{type(error).__name__}: {text}")
 
