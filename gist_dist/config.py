@@ -20,7 +20,7 @@ from gist_dist.common.text import SHORT
 ROLES = ("anchor", "positive", "negatives")
 
 LARGEST = 10**12
-"""Of any number in a recipe. What is larger is a slip, and would be counted up to."""
+"""Largest number in a recipe. What is larger is a slip, and would be counted up to."""
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Bytes that file systems take."""
 LONGEST_SOURCE_NAME = 200
@@ -102,12 +102,12 @@ class StudentConfig(Section):
     prompts: RolePrompts = RolePrompts()
     """Prompt per role, in place of the model's own; a source can override it."""
     precision: Precision = "fp32"
-    """Of the encoder's matrix products (autocast); weights, embeddings and the loss are fp32, whatever the checkpoint
-    is stored in. auto: bf16 where the machine that starts the run has units for it, else fp32; a run that goes on keeps
-    what it began with."""
+    """Precision of the encoder's matrix products (autocast); weights, embeddings and the loss are fp32, whatever the
+    checkpoint is stored in. auto: bf16 where the machine that starts the run has units for it, else fp32; a run that
+    goes on keeps what it began with."""
     save_dtype: Literal["fp32", "checkpoint", "bf16", "fp16"] = "fp32"
-    """Of the saved weights. fp32 keeps what training did; checkpoint is what the student came in; the narrow ones halve
-    the file and round: small steps may be rounded away."""
+    """Type of the saved weights. fp32 keeps what training did; checkpoint is what the student came in; the narrow ones
+    halve the file and round: small steps may be rounded away."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """A number overrides every dropout of the model; null keeps the model's own."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
@@ -138,7 +138,7 @@ class GuideConfig(Section):
     prompts: RolePrompts = RolePrompts()
     """Prompt per role, in place of the model's own; a source can override it."""
     precision: Precision = "fp32"
-    """Of the guide's weights and matrix products; its embeddings leave it as fp32. auto: as student.precision."""
+    """Precision of the guide's weights and matrix products; its embeddings are fp32. auto: as student.precision."""
     mode: Literal["online", "cache", "self"] = "online"
     """online: the guide encodes every batch's texts within the step. cache: it encodes every text of the corpus once,
     before training, and steps read that. self: the student's own embeddings of the step serve as the guide's."""
@@ -186,9 +186,9 @@ class Columns(Section):
     prompt: str | None = None
     """A column whose text is put before the row's anchor, as FlagEmbedding's prompt; null: none."""
     text: str | None = None
-    """Of a classification set: its texts. With label, in place of the roles: the source is made into triplets."""
+    """The texts of a classification set. With label, in place of the roles: the source is made into triplets."""
     label: str | None = None
-    """Of a classification set: the class of each text. Of other sources: rows with an equal value mean the same, and
+    """The class of each text of a classification set. In other sources, rows with an equal value mean the same, and
     are no negatives of each other (data.known_positives); null and blanks say nothing."""
     instructions: Literal["drop", "prepend"] | None = None
     """Cells are [instruction, text] pairs, as in MEDI, or conversations with a system message: drop takes the text
@@ -231,7 +231,7 @@ class TextFormat(Section):
     quoting: Literal["minimal", "none"] = "minimal"
     """minimal: a cell may be within double quotes. none: a quote is part of the text, as in the TSV of MS MARCO."""
     encoding: Annotated[str, AfterValidator(_text_encoding)] | None = None
-    """Of CSV, TSV and JSON, such as cp1252. null: UTF-8, or UTF-16 where a byte order mark says so."""
+    """Encoding of CSV, TSV and JSON files, such as cp1252. null: UTF-8, or UTF-16 where a byte order mark says so."""
     names: tuple[str, ...] | None = None
     """Column names of CSV and TSV files without a header; null: the first line has them."""
 
@@ -265,7 +265,7 @@ class Triplets(Section):
     the texts of its label that the guide finds nearest, the negative from all texts of other labels."""
 
     temperature: float = Field(default=0.05, gt=0)
-    """Of the softmax over the guide's similarities that the positive is drawn by."""
+    """Temperature of the softmax over the guide's similarities that the positive is drawn by."""
     neighbors: int = Field(default=100, ge=1)
     """How many nearest texts of the same label the positive is drawn from."""
 
@@ -319,7 +319,7 @@ class SourceConfig(Section):
     max_rows: int | None = Field(default=None, ge=1)
     """Only the first so many rows are read."""
     license: str | None = Field(default=None, max_length=100)
-    """Of the data, for the model card: an identifier such as cc-by-4.0. null: a Hub dataset's own card is asked."""
+    """The data's licence for the model card, such as cc-by-4.0. null: a Hub dataset's own card is asked."""
     filters: Filters = Filters()
     split_by: str | None = None
     """A column whose every value makes a source of its own, as task_name in MEDI; each with this weight."""
@@ -432,7 +432,7 @@ class BatchConfig(Section):
     loss_gb: float = Field(default=0.25, gt=0)
     """Gigabytes for one block of similarity scores (scored rows × candidates)."""
     gather_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Of student embeddings sent between workers; the loss then sees them rounded, with one worker too."""
+    """Precision of student embeddings sent between workers; the loss sees them rounded, with one worker too."""
 
 
 class LossConfig(Section):
@@ -594,7 +594,7 @@ class ClusterConfig(Section):
     cpus_per_worker: float | None = Field(default=None, gt=0)
     """Cores reserved for a worker, and its compute threads on CPU. null: one, or a half where cores are too few."""
     address: str | None = None
-    """Of a running Ray cluster; null takes $RAY_ADDRESS, or else starts a local Ray and stops it at the end."""
+    """Address of a running Ray cluster; null takes $RAY_ADDRESS, or else starts a local Ray and stops it at the end."""
     runtime_env: Annotated[dict[str, Any], AfterValidator(_with_plain_variables)] = {}
     """Ray runtime environment of the workers."""
     deal_by_speed: bool = False
@@ -637,7 +637,7 @@ class HubConfig(Section):
     private: bool = True
     """The repository is created private, and one that is public is refused; false: public."""
     license: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=50)
-    """Of the model, as the Hub writes it: apache-2.0, cc-by-nc-4.0, ...; null: the card says that it is not stated."""
+    """The model's licence as the Hub writes it: apache-2.0, cc-by-nc-4.0, ...; null: the card calls it not stated."""
     language: Annotated[
         tuple[Annotated[str, Field(pattern=r"^([a-z]{2,3}|code|multilingual)$")], ...],
         BeforeValidator(_as_list, str | tuple[str, ...]),
@@ -660,7 +660,7 @@ class MlflowConfig(Section):
 
     experiment: str = Field(default="gist_dist", min_length=1)
     uri: str | None = None
-    """Of the tracking server or store; null: MLFLOW_TRACKING_URI. Rank 0's worker writes there."""
+    """The tracking server or store; null: MLFLOW_TRACKING_URI. Rank 0's worker writes there."""
 
 
 class TrackingConfig(Section):
@@ -712,7 +712,7 @@ class RunConfig(Section):
         return self
 
     def loss_of(self, source: SourceConfig) -> LossConfig:
-        """Of a source's rows."""
+        """The loss of a source's rows."""
         own = source.loss.model_dump(exclude_none=True)
         return LossConfig(**self.loss.model_dump() | own) if own else self.loss
 
@@ -800,7 +800,7 @@ class RunConfig(Section):
 
     @property
     def prompts_to_keep(self) -> RolePrompts:
-        """Of the student, for queries and documents of the saved model: what all sources set alike, else its own."""
+        """The saved model's prompts of queries and documents: what all sources set alike, else the student's own."""
         of_sources = {source.prompts.student or self.student.prompts for source in self.data.sources}
         return of_sources.pop() if len(of_sources) == 1 else self.student.prompts
 
@@ -851,7 +851,7 @@ def with_paths(section: SectionType, change: Callable[[Place, str], str]) -> Sec
 
 
 def _place_of(field: FieldInfo) -> Place | None:
-    """Of a field whose type, or one part of it, is marked by a Place."""
+    """The Place that marks the field's type, or one part of it."""
 
     def marks(annotation: Any) -> Iterator[Any]:
         yield from getattr(annotation, "__metadata__", ())

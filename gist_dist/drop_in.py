@@ -259,12 +259,12 @@ class _Texts:
     """The distinct texts of this device's columns."""
 
     tokens: list[np.ndarray]
-    """Of every text, without padding."""
+    """Token ids of every text, without padding."""
     rows: np.ndarray
     """The texts of the columns [columns b]; every device has the same number of columns."""
     chunks: list[Chunk]
     hows: list[dict[str, Any]]
-    """Of every text: what else the models are given, equal within a chunk."""
+    """What else the models are given for every text, equal within a chunk."""
     with_types: bool
     device: torch.device
 
@@ -278,7 +278,7 @@ class _Shared:
     """Texts of every device."""
     world: World
     guide: Tensor
-    """Of all devices [U e]."""
+    """The guide's embeddings on all devices [U e]."""
 
 
 class _Autocast:
@@ -346,7 +346,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _token_ids(features: Features) -> list[np.ndarray]:
-    """Of every text, without padding."""
+    """Token ids of every text, without padding."""
     ids, real = features["input_ids"].cpu().numpy().astype(np.int32), features["attention_mask"].cpu().numpy() > 0
     return [text[kept] for text, kept in zip(ids, real, strict=True)]
 
@@ -367,7 +367,7 @@ def _features(tokens: Sequence[np.ndarray], tokenizer: Any, with_types: bool, de
 
 
 def _unit(embeddings: Tensor) -> Tensor:
-    """Of length 1, in fp32 at least."""
+    """The embeddings scaled to length 1, in fp32 at least."""
     return F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=-1)
 
 

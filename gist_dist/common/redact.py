@@ -12,9 +12,9 @@ from typing import Any
 
 MASK = "***"
 HIDDEN_SECTIONS = ("env_vars",)
-"""Of a recipe: nothing below is shown, whatever its name."""
+"""Sections of a recipe of which nothing is shown, whatever its name."""
 SHORTEST_VALUE = 8
-"""Of a variable whose value is looked for in texts: shorter ones are words."""
+"""Fewest characters of a variable's value that is looked for in texts: shorter ones are words."""
 
 NAME = (
     r"(?:token|secret|passwd|password|pwd|passphrase|credentials?|authorization|signature|sig"

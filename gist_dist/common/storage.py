@@ -82,7 +82,7 @@ class Store:
         return self._filesystem.get_file_info(self._path(name)).type == pa.fs.FileType.File
 
     def infos(self) -> dict[str, FileInfo]:
-        """Of every file here and in folders below, also of what is still being written."""
+        """Size and time of every file here and in folders below, also of what is still being written."""
         selector = pa.fs.FileSelector(self._root, allow_not_found=True, recursive=True)
         files = (i for i in self._filesystem.get_file_info(selector) if i.type == pa.fs.FileType.File)
         start = len(self._root.strip("/")) + 1

@@ -4,7 +4,7 @@ import reprlib
 from typing import Any
 
 SHORT = reprlib.Repr()  # a few kilobytes of YAML aliases can stand for gigabytes
-"""Of values from strangers: their repr() within a line."""
+"""repr() of values from strangers, within a line."""
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 200, 200
 
 
@@ -79,4 +79,4 @@ FILTERS = {
     "duration": lambda value: "–" if value is None else duration(value),
     "gigabytes": lambda value: "–" if value is None else gigabytes(value),
 }
-"""Of the templates; a value that is not known is a dash."""
+"""Filters of the templates; a value that is not known is a dash."""

@@ -10,7 +10,7 @@ from gist_dist.common.text import SHORT
 
 MAX_LEVELS = 40
 LARGEST = 1e100
-"""Of a finite number: sums and squares of such ones can still be told."""
+"""Largest number that counts as finite: sums and squares of such numbers are finite too."""
 
 
 class Shape(BaseModel):

@@ -29,7 +29,7 @@ SLICES = {"cpu": 1024, "cuda": 1 << 20}
 """Candidates whose guide scores, masks and gradients are worked on at a time, by device: a CPU's stay in its cache;
 a GPU is given all at once, since it would wait for the launches."""
 LEAST_ROWS = {"cpu": 64, "cuda": 1024}
-"""Of a block, where the budget allows: smaller ones leave a GPU waiting for launches."""
+"""Fewest rows of a block, where the budget allows: smaller ones leave a GPU waiting for launches."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class LossShare:
     """What some of the rows contribute. Shares add up: their sum over workers is the single-process result."""
 
     loss: Float[Tensor, ""]
-    """Of the rows scored here, already divided by g; fp64."""
+    """Sum over the rows scored here, already divided by g; fp64."""
     gradient: Float[Tensor, "u d"]
     """d(loss) / d(student embeddings); fp64, so that the order in which blocks and workers add up leaves no trace."""
     counts: dict[str, Float[Tensor, ""]]

@@ -39,7 +39,7 @@ class DroppedWeight:
         log_sums.copy_(torch.logaddexp(log_sums, found))
 
     def shares(self, kept: list[Float[Tensor, "b"]]) -> dict[str, Float[Tensor, ""]]:
-        """Of each rule in the weight of all candidates, and of the guide in that of each part; summed over rows.
+        """Each rule's share of the weight of all candidates, and the guide's share of each part's; summed over rows.
         kept: log Σ exp(s/τ) of the negatives, by part."""
         if not kept:
             return {}

@@ -26,7 +26,7 @@ class Layout:
         first = 0 if config.in_batch else num_positives
         last = num_positives + num_negatives + batch.num_rows * ("aa" in self.parts)
         self.for_anchors, self.for_positives = slice(first, last), slice(0, num_positives)
-        """Of the table: whom an anchor and a positive are scored against."""
+        """Parts of the table that an anchor and a positive are scored against."""
         self.anchor_width = last - first
         self.width = self.anchor_width + num_positives * ("pp" in self.parts)
         self.columns = dict[str, slice]()

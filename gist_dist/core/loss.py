@@ -182,7 +182,7 @@ class _Block:
         self.counts[f"masked_{part}"] += self._leave("masked", part, piece, masked)
 
     def _is_own_negative(self, table: slice) -> Bool[Tensor, "b c"]:
-        """Of a piece of the hard negatives."""
+        """Which of a piece of the hard negatives are the rows' own."""
         assert self.batch.negative_rows is not None
         first = len(self.batch.all_positives)
         rows = torch.arange(self.rows.start, self.rows.stop, device=self.device).unsqueeze(1)

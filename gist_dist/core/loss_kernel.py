@@ -42,13 +42,13 @@ class Tiles:
     rows: int = 64
     candidates: int = 64
     step: int = 16
-    """Of the width of the embeddings."""
+    """Piece of the embeddings' width."""
     owners: int = 64
     """Texts whose gradients a program collects."""
     others: int = 32
     """Texts that it collects them from, at a time."""
     gradient_step: int = 64
-    """Of the width, in which gradients are collected."""
+    """Piece of the width in which gradients are collected."""
 
 
 # Chosen by what the compiler says of registers on sm_80 and sm_90 (nothing of note is spilled), not by timing.
@@ -60,7 +60,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 @triton.jit
 @no_type_check
 def _products(left, left_texts, right, right_texts, width, STEP: tl.constexpr, PRECISION: tl.constexpr):
-    """Of every text of one tile with every text of the other, in fp32."""
+    """The product of every text of one tile with every text of the other, in fp32."""
     products = tl.zeros((left_texts.shape[0], right_texts.shape[0]), tl.float32)
     for start in range(0, width, STEP):
         column = start + tl.arange(0, STEP)[None, :]
@@ -76,7 +76,7 @@ def _own_scores(
     table, queries, candidates, scores, num_rows, width,
     ROWS: tl.constexpr, CANDIDATES: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a row's query with the candidate of the same number, by the same product as all others: equal texts tie."""
+    """Scores of queries with the candidates of the same number, by the same product as all others: equal texts tie."""
     first = tl.program_id(0) * ROWS
     row, candidate = first + tl.arange(0, ROWS), first + tl.arange(0, CANDIDATES)
     query_texts = tl.load(queries + row, mask=row < num_rows, other=0)

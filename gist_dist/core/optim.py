@@ -22,7 +22,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """Of step 1 … num_steps: rises linearly over the warm-up, then follows the schedule; never 0 at a step."""
+    """The rate at step 1 … num_steps: a linear rise over the warm-up, then the schedule; never 0 at a step."""
     warmup = math.ceil(config.warmup_ratio * num_steps)
     if step <= warmup:
         return config.learning_rate * step / warmup

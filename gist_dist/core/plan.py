@@ -24,7 +24,7 @@ class Rules(Protocol):
 
     @property
     def groups(self) -> np.ndarray | None:
-        """Of every text: equal for texts of one label or cluster."""
+        """A number for every text, equal for texts of one label or cluster."""
 
     def in_order(self, rows: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, tuple[tuple[range, LossConfig], ...]]:
         """The rows with those of equal loss together, and where those are."""
@@ -70,7 +70,7 @@ class PreparedRows(Protocol):
 
     @property
     def identity(self) -> np.ndarray:
-        """Of every text: equal for equal token ids of the student."""
+        """A number for every text, equal for equal token ids of the student."""
 
     @property
     def student_lengths(self) -> np.ndarray:
@@ -81,7 +81,7 @@ class PreparedRows(Protocol):
 
     @property
     def guide_keys(self) -> np.ndarray:
-        """Of every text [t 2]: equal for equal inputs of the guide."""
+        """Numbers for every text [t 2], equal for equal inputs of the guide."""
 
     def student_tokens(self, texts: np.ndarray) -> list[np.ndarray]:
         """Token ids of these texts."""
@@ -145,9 +145,9 @@ class BatchPlan:
     guide_input_of: np.ndarray
     """Position in guide_inputs of every text [u]."""
     guide_chunks: tuple[Chunk, ...]
-    """Of guide_inputs; empty where no guide encodes within the step."""
+    """The chunks of guide_inputs; empty where no guide encodes within the step."""
     guide_embeddings: np.ndarray | None = None
-    """Of guide_inputs, where they come from the cache [v e]."""
+    """The embeddings of guide_inputs, where they come from the cache [v e]."""
     known: tuple[np.ndarray, np.ndarray] | None = None
     """Rows of the batch, and places in its table of texts that are known positives of them; see BatchIndex."""
     groups: np.ndarray | None = None

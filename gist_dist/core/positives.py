@@ -103,7 +103,7 @@ class Promoted:
         return self.guide_scores > -torch.inf
 
     def _weight(self, guide_scores: Float[Tensor, "b q"]) -> Float[Tensor, "b q"]:
-        """Of positives that the guide scores so; one that it finds opposite has next to none."""
+        """The weight of positives that the guide scores so; one that it finds opposite has next to none."""
         if self.promotion.weight == "equal":
             return torch.ones_like(guide_scores, dtype=torch.float64)
         return guide_scores.double().clamp(min=1e-6)

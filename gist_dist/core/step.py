@@ -44,7 +44,7 @@ class TextEncoder(Protocol):
 
     @property
     def width(self) -> int:
-        """Of its embeddings."""
+        """Numbers in an embedding."""
 
     @property
     def device(self) -> torch.device: ...
@@ -81,7 +81,7 @@ class Scored(NamedTuple):
 
 @dataclass
 class StepResult:
-    """Of the whole global batch, equal on every worker."""
+    """The result for the whole global batch, equal on every worker."""
 
     loss: float
     grad_norm: float
@@ -96,7 +96,7 @@ class StepResult:
     non_finite: NonFinite = None
     """What is not finite; the optimizer has then not stepped."""
     guide_candidate_similarity: float | None = None
-    """Of an anchor and another row's positive, to the guide: how hard the batch is."""
+    """Mean similarity of an anchor and another row's positive to the guide: how hard the batch is."""
 
 
 class TrainState:
@@ -123,7 +123,7 @@ class TrainState:
 
     @property
     def chunk_rule(self) -> ChunkRule:
-        """Of every batch; by kind of device, so that all workers cut alike."""
+        """How every batch is cut; by kind of device, so that all workers cut alike."""
         batch, start_tokens = self.config.batch, self.config.batch.chunk_start_tokens
         if start_tokens is None:
             start_tokens = CHUNK_START_TOKENS.get(self.student.device.type, CHUNK_START_TOKENS["cpu"])

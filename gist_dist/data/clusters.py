@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 KIND, FORMAT = "clusters", 1
 MAX_CLUSTERS = 2**14
-"""Of a source: the tour compares each with each."""
+"""Most clusters of a source: the tour compares each with each."""
 FITTED_ROWS, FITTED_PER_CLUSTER = 2**17, 32
 """Rows that k-means sees of a large source; the others only go to the nearest centre."""
 ROWS_AT_ONCE = 2**13
@@ -39,11 +39,11 @@ Assign = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class RowClusters:
-    """Of every row of a corpus: its cluster within its source, numbered so that close numbers are neighbours."""
+    """The cluster of every row of a corpus within its source, numbered so that close numbers are neighbours."""
 
     of_row: Int32[np.ndarray, " rows"]
     name: str
-    """Of the kept array."""
+    """Name of the kept array."""
 
     @property
     def digest(self) -> str:

@@ -74,9 +74,9 @@ class Corpus:
             raise _damaged(self.place, error) from error
         self.anchors, self.positives = arrays["anchors"], arrays["positives"]
         self.source, self.number = arrays["source"], arrays["number"]
-        """Of every row: the index in manifest["sources"], and the number within the source as it was read."""
+        """For every row, the index in manifest["sources"], and the number within the source as it was read."""
         self.label = arrays.get("label")
-        """Of every row: equal for anchors of one columns.label, 0 for none. None where no source has labels."""
+        """A number for every row, equal for anchors of one columns.label, 0 for none. None where no label is."""
         self.identity, self.student_lengths = arrays["identity"], arrays["student_lengths"]
         n = self.num_texts
         self.guide_lengths = arrays.get("guide_lengths", np.broadcast_to(np.int32(0), n))
@@ -96,7 +96,7 @@ class Corpus:
         self.mined: np.ndarray | None = None
         """Text numbers of mined negatives, a line for each row and -1 where there is none [rows k]; see adopt()."""
         self.mined_digest: str | None = None
-        """Of those that a run begins with."""
+        """Digest of the mined negatives that a run begins with."""
 
     @property
     def num_rows(self) -> int:
@@ -163,7 +163,7 @@ class Corpus:
 
     @cached_property
     def num_own_negatives(self) -> np.ndarray:
-        """Of every row, as its source has it."""
+        """How many negatives every row has in its source."""
         return np.diff(self._negative_offsets)
 
     @property
@@ -427,8 +427,8 @@ class _Prepared:
 
 
 def _remove_leftovers(store: Store, manifest: dict[str, Any]) -> None:
-    """Of a finished corpus: commits and what only merging needs, and what killed runs have left unfinished. Another run
-    that still works on the same parts then finds the manifest."""
+    """Remove what a finished corpus no longer needs: commits, what only merging needs, and what killed runs have left
+    unfinished. Another run that still works on the same parts then finds the manifest."""
     named, now = {MANIFEST, *manifest["files"]}, time.time()
     for name, info in store.infos().items():
         if name not in named and (MERGED.match(name) or now - info.modified > STALE_SECONDS):

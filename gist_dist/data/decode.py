@@ -11,7 +11,7 @@ import pyarrow.parquet
 BATCH_ROWS = 1024
 """Rows held as Python objects at once."""
 BATCH_BYTES = 256 * 2**20
-"""Of their texts, and of a row at most: one text of a dictionary may stand in a million rows."""
+"""Bytes of their texts, and of a row at most: one text of a dictionary may stand in a million rows."""
 
 
 def slices(
@@ -39,7 +39,7 @@ def _as_values(rows: pa.RecordBatch, first: int, wanted: list[str]) -> Iterator[
 
 
 def text_bytes(cells: pa.Array) -> int:
-    """Of a column's texts once each cell has its own."""
+    """Bytes of a column's texts once each cell has its own."""
     kind = cells.type
     if pa.types.is_dictionary(kind):
         if pa.types.is_nested(kind.value_type):

@@ -43,7 +43,8 @@ SHOWN_START = 2**16
 """Bytes in which a JSON file says what it is."""
 OTHER_ENCODING = "convert it, or set format.encoding (cp1252 where Excel wrote it in Western Europe)"
 CELL_BYTES = 64 * 2**20
-"""Of a CSV cell, a line of JSON, or an object of a JSON list: a few kilobytes of gzip can hold more than any memory."""
+"""Most bytes of a CSV cell, a line of JSON or an object of a JSON list: a few kilobytes of gzip can hold more than any
+memory."""
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 WRAPPED = re.compile(
     r'\s*\{\s*(?:"(?:[^"\\]|\\.)*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[-+.\deE]+|true|false|null)\s*,\s*)*'
@@ -109,7 +110,7 @@ class SourceFile:
     filesystem: pa.fs.FileSystem
     path: str
     where: str
-    """Of its source, for error messages."""
+    """The source's name in error messages."""
     options: TextFormat = PLAIN
 
     @property
@@ -159,7 +160,7 @@ class SourceFile:
                 return Head(dict.fromkeys(name for record in records for name in record), None, is_open=True)
 
     def first_cells(self) -> list[str]:
-        """Of a CSV or TSV file: its header, if it has one."""
+        """The first line of a CSV or TSV file: its header, if it has one."""
         with self._reading(), self._open_text() as stream:
             return next(self._csv_rows(stream), (1, list[str]()))[1]
 
@@ -280,7 +281,7 @@ class SourceFile:
         return (tuple(map(record.get, wanted)) for record in self._json_records(stream))
 
     def _json_records(self, stream: io.BufferedReader) -> Iterator[dict[str, Any]]:
-        """Of one object a line, or of a file that is one list of objects, or an object that holds such a list."""
+        """The objects of a file that has one a line, or is one list of objects, or an object that holds such a list."""
         start = stream.peek(1)[:SHOWN_START].lstrip()
         is_list = start[:1] == b"[" or WRAPPED.match(start.decode(errors="replace"))
         for line, value in self._json_list(stream) if is_list else self._json_lines(stream):
@@ -300,7 +301,7 @@ class SourceFile:
             yield number, value
 
     def _lines(self, stream: Any) -> Iterator[Any]:
-        """Of bytes or text; UserError for one that does not end."""
+        """Lines of bytes or text; UserError for one that does not end."""
         for number in count(1):
             line = stream.readline(CELL_BYTES)
             if len(line) == CELL_BYTES:

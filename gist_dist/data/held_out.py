@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gist_dist.data.corpus import Corpus
 
 PURPOSE = 3
-"""Of a seed; the sampler has those before it."""
+"""What a seed is for, as a number; the sampler has those before it."""
 
 
 def held_out_rows(config: RunConfig, corpus: "Corpus") -> Int[np.ndarray, " h"]:

@@ -173,8 +173,8 @@ def _with_names(file: SourceFile) -> SourceFile | None:
 
 
 def find_judged(files: Iterable[tuple[str, SourceFile]], config: SourceConfig, where: str) -> list[JudgedPairs]:
-    """Of a folder's files and their paths within it; none where it is no retrieval set. UserError for one whose split
-    is missing, or has to be named."""
+    """The judged pairs among a folder's files, given with their paths within it; none where it is no retrieval set.
+    UserError for one whose split is missing, or has to be named."""
     files = list(files)
     for layout in LAYOUTS:
         documents, queries, judgements = ([*_matching(pattern, files)] for pattern in layout)

@@ -53,7 +53,7 @@ def read_array(config: RunConfig, kind: str, name: str) -> np.ndarray:
 
 
 def digest_of(name: str) -> str:
-    """Of the array's content."""
+    """Digest of the array's content."""
     return name.rpartition("-")[2].removesuffix(".npy")
 
 

@@ -49,7 +49,7 @@ NEGATIVES = (
     "negative_messages",
 )
 GRADES = ("label", "labels", "score", "similarity_score", "gold_label")
-"""Of pairs that need not be positive: STS, NLI, paraphrases."""
+"""Columns of pairs that need not be positive: STS, NLI, paraphrases."""
 OTHER_SENSES = ("images", "image", "videos", "audios")
 TEXTS = ("text", "sentence", "sentences")
 ROW_PROMPTS = ("prompt", "instruction")

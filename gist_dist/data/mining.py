@@ -101,7 +101,7 @@ class Search:
     """Rows of the group with most of them, at most MOST_POSITIVES."""
 
     def blocks(self) -> list[slice]:
-        """Of anchors: the units of work, whoever does it."""
+        """Slices of the anchors: the units of work, whoever does it."""
         starts = range(0, len(self.anchors), ANCHORS_AT_ONCE)
         return [slice(start, min(start + ANCHORS_AT_ONCE, len(self.anchors))) for start in starts]
 
@@ -115,7 +115,7 @@ class Mined:
     scores: Float64[np.ndarray, "a k"]
     """Their similarity to the anchor; nan where there are no more."""
     positive_scores: Float64[np.ndarray, "m"]
-    """Of every anchor with each of its distinct positives."""
+    """Similarity of every anchor to each of its distinct positives."""
     shortage: Int[np.ndarray, "a"]
     """-1: has all k. Else the place in REASONS of the filter that took most of its candidates, or of "rank"."""
     refused: Int[np.ndarray, "reasons"]
@@ -187,7 +187,7 @@ def plan_corpus_search(corpus: "Corpus", options: MineOptions, rows: np.ndarray 
 
 
 def options_of(mine: Mine) -> MineOptions:
-    """Of a recipe's data.mine."""
+    """The options that a recipe's data.mine sets."""
     return MineOptions(
         negatives=mine.negatives, relative_margin=mine.relative_margin, min_rank=mine.min_rank, sampling=mine.sampling,
         max_rank=mine.min_rank + 10 * mine.negatives if mine.sampling == "random" else None,

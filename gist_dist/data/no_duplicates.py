@@ -149,7 +149,7 @@ class _Seating:
     def _choose(
         self, row: np.ndarray, other: np.ndarray, source: np.ndarray, target: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of moves, best first, those that share no row and no text in a batch with a better one, so that each gains
+        """The moves, given best first, that share no row and no text in a batch with a better one, so that each gains
         what it would alone; then the counts that they change: keys, and by how much."""
         moves, keys, changes = [], [], []
         for rows, leaves, enters in ((row, source, target), (other, target, source)):
@@ -207,7 +207,7 @@ class _Counts:
         texts = full // self.num_batches
         num_full = np.bincount(texts, minlength=self.num_texts)
         self.batches_with_room = self.num_batches - num_full
-        """Of every text: batches that could take one more row with it."""
+        """For every text, how many batches could take one more row with it."""
         self._first = np.cumsum(num_full) - num_full
         # Plus text * num_batches, the batches with room that come before each batch without: ascending.
         self._room_before = full - (np.arange(len(full)) - self._first[texts])

@@ -50,15 +50,15 @@ class KnownPairs:
 
 @dataclass(frozen=True)
 class RowRules:
-    """Of a corpus. Whatever is None or empty is no rule there."""
+    """The rules of a corpus. What is None or empty is no rule there."""
 
     ids: Int[np.ndarray, " t"] | None = None
-    """Of every text: equal for texts that the student can't tell apart, without gaps."""
+    """A number for every text, equal for texts that the student can't tell apart, without gaps."""
     pairs: KnownPairs | None = None
     groups: Int[np.ndarray, " t"] | None = None
-    """Of every text: equal for texts of one label or cluster, and negative where it is in none."""
+    """A number for every text, equal for texts of one label or cluster, and negative where it is in none."""
     losses: tuple[LossConfig, ...] = ()
-    """Of every source, where they differ."""
+    """The loss of every source, where they differ."""
 
     def in_order(self, rows: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, tuple[tuple[range, LossConfig], ...]]:
         """The rows of a batch with those of equal loss together, and where those are. source: of every row."""
@@ -116,7 +116,7 @@ def _places(
 
 
 def row_rules(config: RunConfig, corpus: "Corpus") -> RowRules:
-    """Of the corpus, as the recipe wants them."""
+    """The rules of the corpus, as the recipe wants them."""
     losses = tuple(config.loss_of(config.data.sources[number]) for number in corpus.recipe_sources)
     losses = losses if len(set(losses)) > 1 or set(losses) != {config.loss} else ()
     kind, has_several = config.data.known_positives, len(corpus.pairs[0]) > corpus.num_rows

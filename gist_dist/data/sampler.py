@@ -37,9 +37,9 @@ class Epoch:
     batches: list[np.ndarray]
     """Row numbers of every batch, in training order."""
     moved: np.ndarray
-    """Of every source: rows that left the batch they were drawn for, so that no text is twice in a batch."""
+    """For every source, how many rows left the batch they were drawn for, so that no text is twice in a batch."""
     duplicates: np.ndarray
-    """Of every source: how often a row has a text that an earlier row of its batch has, because no batch without that
+    """For every source, how often a row has a text that an earlier row of its batch has, because no batch without that
     text could take the row."""
 
     @property

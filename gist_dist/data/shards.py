@@ -25,7 +25,7 @@ from gist_dist.data.sources import Part, Row, Source, SourceReport
 from gist_dist.models.tokenizer import TextTokenizer, as_lists, token_keys
 
 MANIFEST = "manifest.json"
-"""Of the finished corpus."""
+"""The finished corpus's list of its files."""
 SHARD_TEXTS = 2**17
 """A shard is closed with so many distinct texts: what a part keeps in memory is about 150 bytes for each of them,"""
 SHARD_REFERENCES = 2**20
@@ -80,7 +80,7 @@ class Commit:
     """What became of one part; it is written when all its files are."""
 
     part: list[Any]
-    """Of the job's parts: source number and what it reads. Another version may cut sources into other parts."""
+    """One of the job's parts: source number and what it reads. Another version may cut sources into other parts."""
     report: dict[str, Any] = field(default_factory=dict)
     """A SourceReport."""
     groups: dict[str, int] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Of one source: role → prompt of the student, prompt of the guide."""
+    """One source's prompts: role → prompt of the student, prompt of the guide."""
 
     anchor: tuple[str, str]
     positive: tuple[str, str]
@@ -113,7 +113,7 @@ class Job:
     """Where the corpus is made: a path or URI."""
     sources: list[Source]
     prompts: list[Prompts]
-    """Of every source."""
+    """The prompts of every source."""
     parts: list[tuple[int, Part]]
     """Source number and part, in the order of the corpus."""
     student: TextTokenizer
@@ -191,10 +191,10 @@ class _OpenShard:
         """Further positives among them."""
         self.row_numbers, self.groups = array("q"), list[str]()
         self.labels = array("q")
-        """Of every row: equal for those of one label of the source, 0 for none."""
+        """A number for every row, equal for those of one label of the source, 0 for none."""
         self.batches: list[int] = []
         self.columns: list[dict[str, np.ndarray]] = []
-        """Of every batch: what becomes the index, and what is wrong with the texts."""
+        """For every batch, what becomes the index, and what is wrong with the texts."""
         self.path = folder / "texts.arrow"
         self.writer = pa.ipc.new_file(str(self.path), TEXT_SCHEMA)
 
@@ -353,7 +353,7 @@ def _joined(prompts: tuple[str, ...], texts: tuple[str, ...]) -> list[str]:
 
 
 def _as_column(values: np.ndarray) -> pa.Array:
-    """Of numbers, or of pairs of them."""
+    """A column of numbers, or of pairs of them."""
     if values.ndim == 1:
         return pa.array(values)
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])

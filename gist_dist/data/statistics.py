@@ -94,7 +94,7 @@ def _batches_of(corpus: Corpus, batches: list[np.ndarray], num_sources: int) -> 
 
 
 def _rows_of_commonest_text(corpus: Corpus, sampler: Sampler, num_sources: int) -> np.ndarray:
-    """Of every source: in how many of its rows of an epoch its commonest text is."""
+    """For every source, in how many of its rows of an epoch its commonest text is."""
     rows = np.concatenate(sampler.epoch(0).batches)
     owner, texts = sampler.shared_texts.of_rows(rows)
     num_texts = int(texts.max(initial=0)) + 1

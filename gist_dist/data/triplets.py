@@ -25,7 +25,7 @@ GRID = 2.0**24
 """Embeddings are rounded to multiples of 1/GRID, as all fp16 numbers are. Sums of products of unit vectors of such
 numbers are exact in fp64 in any order: block size, threads and BLAS don't decide which of two near texts is nearer."""
 BLOCK_BYTES = 64 * 2**20
-"""Of one block of similarities."""
+"""Size of one block of similarities."""
 
 
 def make_triplets(

@@ -195,7 +195,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _part_files(folder: Path, part: str) -> list[Path]:
-    """Of corpus.csv or corpus/: in a folder the split "test", or its only one, as MTEB chooses."""
+    """corpus.csv, or the files in corpus/: its split "test", or its only one, as MTEB chooses."""
     if files := _named_files(folder, part):
         return files
     splits = sorted({f.stem.split("-")[0] for f in (folder / part).glob("*") if f.suffix in SUFFIXES})

@@ -280,7 +280,7 @@ def _check_registered(task: "AbsTask", folder: Path) -> None:
 
 
 def _expected_data(task: "AbsTask") -> list[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]]:
-    """Of each data set that the task loads the names it may have, and those each of its columns may have."""
+    """For each data set that the task loads: the names it may have, and those that each of its columns may have."""
     from mteb.abstasks import AbsTaskClassification, AbsTaskRetrieval
     from mteb.abstasks.sts import AbsTaskSTS
 

@@ -203,7 +203,7 @@ class Encoder:
         return backend is not None and all(map(np.array_equal, backend_tokens(backend, TOKENIZER_PROBES), expected))
 
     def tokenizer_fingerprint(self) -> str:
-        """Of everything that turns a text into token ids."""
+        """Hash of everything that turns a text into token ids."""
         tokenizer = self.model.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:

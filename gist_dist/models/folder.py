@@ -110,7 +110,7 @@ def licence_files(folder: Path | None) -> list[Path]:
 
 
 def stored_dtype(folder: Path) -> str | None:
-    """Of the weights as they lie there: float32, bfloat16, …; None where nothing tells."""
+    """Type of the weights as they lie there: float32, bfloat16, …; None where nothing tells."""
     inner = transformer_folder(folder)
     for file in sorted(inner.glob("*.safetensors")):
         kinds = [tensor.get("dtype") for tensor in _header(file).values() if "dtype" in tensor]
@@ -211,7 +211,7 @@ def _not_a_model(folder: Path) -> str:
 
 
 def _own_weights(folder: Path) -> list[Path]:
-    """Of a whole model."""
+    """Files with the weights of a whole model."""
     files = [file for pattern in WEIGHTS for file in folder.glob(pattern) if not file.name.startswith("adapter_")]
     other = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "optimizer.bin", "scaler.pt")
     return [file for file in files if file.name not in other]
@@ -254,7 +254,7 @@ def _is_cut(file: Path) -> str | None:
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Of a safetensors file."""
+    """The header of a safetensors file."""
     try:
         with file.open("rb") as content:
             size = int.from_bytes(content.read(8), "little")

@@ -44,7 +44,7 @@ MIN_SHARD_TOKENS, MAX_SHARD_TOKENS = 2**16, 2**20
 AIMED_AT_SHARDS = 512
 """Enough that workers end together and little is lost with one; fewer where there is little to encode."""
 UNTOLD = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-"""Of a transformers config: what says nothing about embeddings, or what the weights themselves tell."""
+"""Keys of a transformers config that say nothing about embeddings, or what the weights themselves tell."""
 
 Keys = UInt64[np.ndarray, "n 2"]
 SAY = progress_of(logger, "guide embeddings")
@@ -240,7 +240,7 @@ def _told_by(name: str) -> tuple[str, int]:
 
 
 def embedding_fingerprint(encoder: Encoder) -> str:
-    """Of everything that decides its embeddings; wherever the model lies, and on whichever device."""
+    """Hash of everything that decides its embeddings, wherever the model lies and on whichever device."""
     weights = sorted(encoder.model.state_dict().items())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
         digests = list(pool.map(lambda named: _digest(*named), weights))
@@ -316,10 +316,10 @@ class Filled:
     num_encoded: int
     """The others were there before."""
     num_tokens: int
-    """Of what was encoded, without padding."""
+    """Tokens that were encoded, without padding."""
     seconds: float
     num_bytes: int
-    """Of this guide's whole cache on disk."""
+    """Size of this guide's whole cache on disk."""
 
     @classmethod
     def of(cls, cache: GuideCache, num_texts: int, work: Work, done: "Encoded") -> "Filled":
@@ -407,6 +407,6 @@ def encode_inputs(guide: Guide, tokens: Sequence[np.ndarray], chunk_tokens: int)
 
 
 def open_guide_cache(config: RunConfig, guide: Encoder, verify: bool = False) -> GuideCache:
-    """Of this guide, where the recipe keeps guide embeddings."""
+    """This guide's cache, where the recipe keeps guide embeddings."""
     place = config.guide_cache_dir
     return GuideCache(place, embedding_fingerprint(guide), guide.width, config.data.local_copy, verify)

@@ -33,7 +33,7 @@ class Loaded:
     limit_to_save: int | None
     """As its tokenizer has it, where a number beyond any text stands for none; a higher student.max_tokens, if set."""
     stored_dtype: str | None
-    """Of its weights on disk; here they are fp32."""
+    """Type of its weights on disk; here they are fp32."""
     folder: Path | None
     """Where its files lie on this machine."""
 
@@ -121,7 +121,7 @@ def load_sentence_transformer(
 
 
 def cause_of(error: Exception) -> str:
-    """Of a library's error: what it says, where that says something."""
+    """What a library's error says in a line; damaged configuration files are named as such."""
     if isinstance(error, AttributeError | TypeError | LookupError):
         import transformers
 

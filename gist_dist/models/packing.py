@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NAME = "gist_packed"
-"""Of the attention, to transformers."""
+"""What transformers calls this attention."""
 
 FAMILIES = {"bert"}
 """Whose positions begin at 0 and are given by position_ids."""
@@ -31,7 +31,7 @@ class Packed:
 
     ids: Int[Tensor, "1 n"]
     positions: Int[Tensor, "1 n"]
-    """Of every token in its text."""
+    """Position of every token in its text."""
     ends: Int[Tensor, "e"]
     """Where texts begin and the last one ends; int32."""
     longest: int

@@ -26,7 +26,7 @@ class TextTokenizer:
     """What an encoder does to texts before the model."""
 
     fingerprint: str
-    """Of everything that turns a text into token ids."""
+    """Hash of everything that turns a text into token ids."""
     max_tokens: int | None
     """Texts are cut to this many tokens, special ones included."""
     meaningless: np.ndarray

@@ -5,7 +5,7 @@ from typing import Any
 from gist_dist.common.text import listed, percent
 
 WORTH = 0.05
-"""Of the negatives' weight: from so much on false negatives are worth a guide."""
+"""Share of the negatives' weight from which on false negatives are worth a guide."""
 EASY = 0.2
 """Mean probability of not finding the positive: below it a batch has little to teach."""
 ENOUGH = 0.9

@@ -23,7 +23,7 @@ SUM_BYTES = 8
 ADDING_BYTES_PER_PARAMETER = 20
 """Memory traffic of adding one chunk's gradients to the sums: read 4 and 8, write 8."""
 OPTIMIZER_BYTES_PER_PARAMETER = 60
-"""Of rounding the sums, clipping and AdamW: read and write."""
+"""Memory traffic of rounding the sums, clipping and AdamW: read and write."""
 SCATTER_COPIES = 3
 """fp64 gradients of all texts when they are sent: as computed, in the workers' order, padded to equal shares."""
 NCCL_EFFICIENCY, HOP_SECONDS = 0.8, 5e-6
@@ -31,7 +31,7 @@ NCCL_EFFICIENCY, HOP_SECONDS = 0.8, 5e-6
 LAUNCH_SECONDS_PER_LAYER = 31 * 10e-6
 """A layer's forward takes no less, however few its tokens: 31 kernels (counted) of 10 µs (an H200's host)."""
 PLAN_SECONDS_PER_TEXT, CACHE_BYTES_PER_SECOND = 0.5e-6, 1.0e9
-"""One core of every worker cuts and deals the whole batch, and reads the cached guide embeddings of all of it, while
+"""One core of every worker cuts and assigns the whole batch, and reads the cached guide embeddings of all of it, while
 the GPU works on the batch before."""
 HOST_COPY_BYTES_PER_SECOND = 20e9
 """Cached guide embeddings, from pinned memory to the GPU."""
@@ -48,7 +48,7 @@ Number = float | int
 
 @dataclass(frozen=True)
 class Gpu:
-    """Of one GPU, from its data sheet, and of the usual node around it."""
+    """The numbers of one GPU, from its data sheet, and of the usual node around it."""
 
     bf16_flops: Number
     """Peak per second of dense bf16 matrix products."""
@@ -60,7 +60,7 @@ class Gpu:
     link: Number
     """From GPU to GPU within a node, one way."""
     network: Number
-    """Of a whole node's network cards, one way."""
+    """Through all network cards of a node, one way."""
     bf16_mfu: Number = 0.35
     """Share of the peak that encoders are assumed to reach; narrow ones (MiniLM's 384) reach less."""
     fp32_mfu: Number = 0.55
@@ -102,14 +102,14 @@ class Workload:
     contrast_anchors: bool
     contrast_positives: bool
     gather_bytes: int
-    """Of a number of the student's embeddings on the wire."""
+    """Bytes that a number of the student's embeddings takes on the wire."""
     activation_bytes_per_token: Number
     activation_budget: Number
     loss_budget: Number
 
     @property
     def candidates(self) -> Number:
-        """Of each row, over all parts."""
+        """How many each row has, over all parts."""
         return self.rows * (1 + self.contrast_anchors + self.contrast_positives) + self.negatives
 
     @property
@@ -128,7 +128,7 @@ class Estimate:
     busy: dict[str, Number]
     """Mean share of the workers that have something to encode, and to score, while the busiest does."""
     kept_share: Number
-    """Of the chunks that are encoded once only."""
+    """Share of the chunks that are encoded once only."""
 
     @property
     def step_seconds(self) -> Number:
@@ -192,7 +192,7 @@ def busiest_encoding(work: Workload, num_workers: int) -> tuple[int, Number]:
 
 
 def kept_share(work: Workload, num_workers: int) -> Number:
-    """Of that worker's chunks, those whose activations fit the budget, and that are encoded once only."""
+    """Share of the busiest worker's chunks whose activations fit the budget, so that they are encoded once only."""
     _, tokens = busiest_encoding(work, num_workers)
     return min(1.0, work.activation_budget / max(1.0, tokens * work.activation_bytes_per_token))
 
@@ -215,7 +215,7 @@ def _guide_seconds(work: Workload, num_gpus: int, gpu: Gpu) -> Number:
 
 
 def _send_seconds(volume: Number, num_gpus: int, gpu: Gpu) -> Number:
-    """Of a ring over all GPUs; between nodes it goes through all network cards of a node at once."""
+    """Time of a ring over all GPUs; between nodes it goes through all network cards of a node at once."""
     if num_gpus == 1 or not volume:
         return 0.0
     bandwidth = gpu.link if num_gpus <= gpu.per_node else min(gpu.link, gpu.network)
@@ -310,7 +310,7 @@ def _notes(work: Workload, told: Estimate, num_gpus: int) -> Iterator[str]:
 
 
 def workload(plan: Any) -> Workload:
-    """Of a preview.Preview: means over the batches that it planned."""
+    """The work that a preview.Preview found: means over the batches that it planned."""
     config, plans = plan.config, plan.plans
 
     def mean(values: Iterator[Number]) -> Number:
@@ -341,7 +341,7 @@ def workload(plan: Any) -> Workload:
 
 
 def assumed_workload(config: RunConfig, student: ModelShape, guide: ModelShape | None) -> Workload:
-    """Of a recipe whose data nobody has looked at: three texts a row, in full chunks."""
+    """The work of a recipe whose data nobody has looked at: three texts a row, in full chunks."""
     batch, loss = config.batch, config.loss
     tokens = float(3 * batch.global_size * ASSUMED_TEXT_TOKENS)
     return Workload(

@@ -48,7 +48,7 @@ FEWEST_CLUSTERS = 4
 """Batches that a sample must hold to be clustered; else the nearest smaller size is."""
 NEAREST = 10
 EXAMPLES = 4
-"""Of each kind and source."""
+"""Examples shown of each kind and source."""
 SAMPLE = 5  # what a seed is for
 
 
@@ -180,7 +180,7 @@ class _Sample:
     student: Float[Tensor, "u d"]
     guide: Float[Tensor, "u e"]
     cluster: Int[np.ndarray, " n"] | None
-    """Of every text of the corpus, equal where it is known to mean the same."""
+    """A number for every text of the corpus, equal where texts are known to mean the same."""
 
     def batches(self, size: int) -> "Iterator[_Batch]":
         """Batches of so many rows, until SCORED_ROWS rows have been scored."""

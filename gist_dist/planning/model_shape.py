@@ -21,7 +21,7 @@ class ModelShape:
     num_encoding: int
     """Parameters without embedding tables: what a token is multiplied with."""
     width: int
-    """Of the embeddings it gives."""
+    """Numbers in an embedding."""
     hidden: int
     num_layers: int
     is_assumed: bool = False

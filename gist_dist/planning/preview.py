@@ -28,11 +28,11 @@ from gist_dist.planning.outline import long_text_line, prompt_lines, while_train
 
 SAMPLED_BATCHES = 8
 SHOWN_SOURCES, SHOWN_REASONS = 30, 10
-"""Of a recipe with many sources: lines of the table, and sources whose drops or repeats are explained."""
+"""Most lines of the table of sources, and most sources whose drops or repeats are explained."""
 NAME_WIDTH, PAGE_WIDTH = 32, 140
 CACHED_BYTES_PER_NUMBER = 2
 TEXTS_CUT = ("num_student_cut", "num_guide_cut")
-"""Of a source: texts longer than the model's limit of tokens."""
+"""A source's counts of texts that are longer than the model's limit of tokens."""
 NOT_SUMMED = ("batches", "distinct_texts")
 """Sources share them."""
 
@@ -63,7 +63,7 @@ class Preview:
     epoch: Epoch
     """The first."""
     plans: list[BatchPlan]
-    """Of batches spread over the first epoch, as if the guide were online."""
+    """Plans of batches spread over the first epoch, as if the guide were online."""
     student: ModelShape
     guide: ModelShape | None
     """None without a guide, and where the student is its own."""
@@ -80,7 +80,7 @@ class Preview:
     known_positives: Sequence[str] = ()
     """What the data say to mean the same."""
     notes: Sequence[str] = ()
-    """Of the models: their prompts, and texts that nothing cuts."""
+    """What to know of the models: their prompts, and texts that nothing cuts."""
 
     def lines(self) -> list[str]:
         sections = {
@@ -100,7 +100,7 @@ class Preview:
 
     @property
     def guide_flops(self) -> float:
-        """Of the guide online, in a step."""
+        """What the online guide computes in a step."""
         if self.guide is None:
             return 0.0
         guide = self.guide
@@ -114,12 +114,12 @@ class Preview:
 
     @property
     def kept_share(self) -> float:
-        """Of the chunks, those whose activations fit the budget and that are encoded once."""
+        """Share of the chunks whose activations fit the budget, so that they are encoded once."""
         return float(kept_share(workload(self), self.config.cluster.max_workers))
 
     @property
     def cache_flops(self) -> float:
-        """Of filling the guide cache for the whole run: what is missing, and after each refresh what is read until the
+        """What fills the guide cache for the whole run: what is missing, and after each refresh what is read until the
         next one."""
         inputs, refresh = self.guide_inputs, self.config.guide_refresh
         assert self.guide and inputs

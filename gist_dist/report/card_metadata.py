@@ -39,7 +39,7 @@ def metadata_yaml(run: Run) -> str:
 
 
 def _eval_results(row: TaskRow, result: dict[str, Any]) -> list[Any]:
-    """Of each split and subset of a task, in points."""
+    """A task's results, one for each split and subset, in points."""
     from huggingface_hub import EvalResult
 
     known = registered_tasks().get(row.task)

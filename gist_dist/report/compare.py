@@ -192,7 +192,7 @@ NUMBERS = {
     "peak_memory_bytes": ("Peak memory of a worker", "gigabytes"),
     "seconds.step": ("Time in steps", "duration"),
 }
-"""Of summarize_training: key -> words and form."""
+"""Keys of summarize_training -> words and form."""
 
 
 def _numbers(trainings: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -153,7 +153,7 @@ model = SentenceTransformer({name})
 
 
 def _usage_of_transformers(name: str, model: Model) -> str:
-    """Of a model whose embedding is a pooled last hidden state; others need their own modules."""
+    """Code for a model whose embedding is a pooled last hidden state; others need their own modules."""
     plain = model.modules[:2] == ("Transformer", "Pooling") and not set(model.modules[2:]) - {"Normalize"}
     if not plain or model.pooling not in POOLING:
         return ""

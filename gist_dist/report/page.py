@@ -10,7 +10,7 @@ from gist_dist.report.plots import BLOCKS, Plot
 from gist_dist.report.run import Run
 
 SECTIONS = ("scores", "training", "masking", "speed")
-"""Of the page, with charts."""
+"""Sections of the page that have charts."""
 ROLES = {
     "ap": ("Another row’s positive", "anchor"),
     "aa": ("Another row’s anchor", "anchor"),

@@ -60,7 +60,7 @@ class Curves:
     name: str
     title: str
     section: str
-    """Of the page."""
+    """The section of the page that shows it."""
     lines: dict[str, str]
     """Key of metrics.jsonl -> label. Of several runs the first is drawn, one line a run."""
     scale: float = 1.0

@@ -66,7 +66,7 @@ class Run:
         return (self.folder / "model").is_dir()
 
     def section(self, name: str) -> dict[str, Any]:
-        """Of the recipe; {} where it is null."""
+        """A section of the recipe; {} where it is null."""
         return self.config.get(name) or {}
 
 
@@ -168,7 +168,7 @@ def _points(main_score: float) -> float | None:
 
 
 def difference(before: float | None, after: float | None) -> float | None:
-    """Of rounded points, rounded; None where one of them is missing."""
+    """The difference of rounded points, rounded; None where one of them is missing."""
     return round(after - before, 2) if before is not None and after is not None else None
 
 

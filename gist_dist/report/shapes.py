@@ -147,7 +147,7 @@ class MaskedExamples(Shape):
 
 
 class Module(Shape):
-    """Of a SentenceTransformer's modules.json."""
+    """An entry of a SentenceTransformer's modules.json."""
 
     type: str
     path: Annotated[str, Field(max_length=200)]

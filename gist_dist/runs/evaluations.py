@@ -30,7 +30,7 @@ LAST_MODEL = "model-last"
 SCORES = "scores.json"
 STEP = re.compile(r"step-(\d{8,})")
 LOSS = "loss"
-"""Of the held-out rows, as evaluate.keep_best names it."""
+"""What evaluate.keep_best calls the loss of the held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def judge(
 
 
 def verdict_so_far(run_dir: Path, evaluate: EvaluateConfig) -> Verdict:
-    """Of a run's folder."""
+    """The verdict on what a run's folder holds."""
     return judge(read_evaluations(run_dir), evaluate.keep_best, evaluate.stop_after, evaluate.least_gain)
 
 
@@ -181,7 +181,7 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 def remove_models(run_dir: Path, keep: set[int | None]) -> None:
-    """Of steps that were scored, but for those to keep."""
+    """Remove the models of steps that were scored, but for those to keep."""
     for step in _steps(run_dir):
         if step not in keep and is_done(run_dir, step):
             shutil.rmtree(model_of(run_dir, step), ignore_errors=True)

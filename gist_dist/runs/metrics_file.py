@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 """In a run's folder."""
 LAST_BYTES = 65536
-"""Of the file, which hold its last line for sure."""
+"""Bytes at the end of the file that surely hold its last line."""
 
 
 EVALUATION = "evaluation"
@@ -39,7 +39,7 @@ def parse_line(text: str | bytes) -> dict[str, Any] | None:
 
 
 def parse_lines(text: str) -> Iterator[dict[str, Any] | None]:
-    """Of the steps; what tells of their scores is left out."""
+    """The lines of steps; those of scores are left out."""
     return (line for line in map(parse_line, text.splitlines()) if not (line and EVALUATION in line))
 
 

@@ -46,7 +46,7 @@ class Guidance:
         return self.refresh is not None and self.refresh <= step < self.sampler.num_steps
 
     def tensors(self) -> dict[str, Tensor]:
-        """Of the student's copy that now guides: what a checkpoint keeps of it. Empty before the first renewal."""
+        """The student's copy that now guides, as a checkpoint stores it. Empty before the first renewal."""
         return self._copy
 
     def resume(self, done: int, tensors: dict[str, Tensor]) -> None:

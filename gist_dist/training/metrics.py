@@ -65,7 +65,7 @@ def metrics_line(
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Of this process: allocated device memory on a GPU, resident memory on a CPU."""
+    """Most memory that this process has used: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

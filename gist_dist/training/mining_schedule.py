@@ -22,7 +22,7 @@ from gist_dist.training.train_state import RunTrainState
 logger = logging.getLogger(__name__)
 
 TEXTS_AT_ONCE = 2**13
-"""Of similar length, cut into chunks together; whoever encodes a chunk, its texts are the same."""
+"""Texts of similar length that are cut into chunks together; whoever encodes a chunk, its texts are the same."""
 
 
 class MiningSchedule:
@@ -67,16 +67,16 @@ class MiningSchedule:
             return vectors[np.searchsorted(texts, wanted)]
 
         device, memory = self.train_state.student.device, config.batch.loss_gb
-        dealt = [search.blocks()[rank :: world.size] for rank in range(world.size)]
+        assigned = [search.blocks()[rank :: world.size] for rank in range(world.size)]
         mined = [
             mine_block(search, block, embeddings, options, config.seed, memory, device).texts
-            for block in dealt[world.rank]
+            for block in assigned[world.rank]
         ]
         local = torch.from_numpy(np.concatenate([np.empty((0, options.negatives), np.int64), *mined])).to(device)
-        counts = [sum(block.stop - block.start for block in own) for own in dealt]
+        counts = [sum(block.stop - block.start for block in own) for own in assigned]
         gathered = all_gather_rows(local, counts, world).cpu().numpy()
         found = np.empty_like(gathered)
-        found[np.concatenate([np.arange(block.start, block.stop) for own in dealt for block in own])] = gathered
+        found[np.concatenate([np.arange(block.start, block.stop) for own in assigned for block in own])] = gathered
         self._adopt(by_row(corpus, rows, search, found))
         if world.rank == 0:
             told = int((found >= 0).sum()), len(search.anchors), time.monotonic() - started
@@ -98,8 +98,8 @@ class MiningSchedule:
         with torch.inference_mode():
             local += [student.embed(corpus.student_tokens(chunk)).half() for chunk in chunks[world.rank :: world.size]]
         student.model.train()
-        dealt = [chunks[rank :: world.size] for rank in range(world.size)]
-        gathered = all_gather_rows(torch.cat(local), [sum(map(len, own)) for own in dealt], world).cpu().numpy()
+        assigned = [chunks[rank :: world.size] for rank in range(world.size)]
+        gathered = all_gather_rows(torch.cat(local), [sum(map(len, own)) for own in assigned], world).cpu().numpy()
         vectors = np.empty_like(gathered)
-        vectors[np.searchsorted(texts, np.concatenate([chunk for own in dealt for chunk in own]))] = gathered
+        vectors[np.searchsorted(texts, np.concatenate([chunk for own in assigned for chunk in own]))] = gathered
         return vectors

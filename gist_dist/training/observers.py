@@ -44,7 +44,7 @@ class Observers:
             self._other(line)
 
     def _tell_scores(self) -> None:
-        """Of steps that the driver has scored meanwhile."""
+        """Pass on the scores of steps that the driver has scored meanwhile."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         for evaluation in read_evaluations(self._run_dir):

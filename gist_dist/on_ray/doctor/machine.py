@@ -164,7 +164,7 @@ def _free_gb(folder: str) -> float:
 
 
 def _gpus_of_driver() -> list[str]:
-    """Of all of the machine, as the driver tells: torch sees only those that a process was given."""
+    """All GPUs of the machine, as the driver lists them: torch sees only those that a process was given."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout

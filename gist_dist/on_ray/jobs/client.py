@@ -198,7 +198,7 @@ def _now_away(client: Client) -> float:
 
 
 def exit_status(details: JobDetails) -> int:
-    """Of the job's driver; 1 where it never came to have one, 130 where it was stopped."""
+    """The job driver's exit status; 1 where it never had one, 130 where it was stopped."""
     if details.status == JobStatus.SUCCEEDED:
         return 0
     return STOPPED_STATUS if details.status == JobStatus.STOPPED else details.driver_exit_code or 1
@@ -211,7 +211,7 @@ def jobs_of(client: Client, run: str) -> list[JobDetails]:
 
 
 def id_of(job: JobDetails) -> str:
-    """Of one of jobs_of(); only what was not submitted has none."""
+    """The id of one of jobs_of(); only what was not submitted has none."""
     assert job.submission_id is not None
     return job.submission_id
 

@@ -70,7 +70,7 @@ class Pool(Generic[P]):
         self.waiting = deque(pieces)
         self.running: dict[Any, P] = {}
         self.deadlines: dict[P, float] = {}
-        """Of time.monotonic()."""
+        """Times of time.monotonic()."""
         self.losses: Counter[P] = Counter()
 
     def __enter__(self) -> "Pool[P]":

@@ -68,7 +68,7 @@ class Share:
         self._places = cycle(_devices(taken["GPU"] > 0)) if self.waits else None
 
     def options(self) -> tuple[dict[str, Any], str | None]:
-        """Of the next task: for ray.remote, and the GPU that it shall see if Ray gives it none."""
+        """Options of ray.remote for the next task, and the GPU that it shall see if Ray gives it none."""
         if self._places is None:
             return self._needs, None
         node, gpu = next(self._places)

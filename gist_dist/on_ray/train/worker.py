@@ -59,7 +59,7 @@ class WorkerTask:
     inputs: RunInputs
     use_gpu: bool
     threads: int
-    """Of its computation on a CPU."""
+    """Threads of its computation on a CPU."""
     waits_for_scores: bool = False
     """Whether evaluation while it trains has the resources of the workers, which wait for it."""
     resize_patience_s: float = 600.0
