@@ -448,7 +448,7 @@ def reading(what: str, filesystem: pa.fs.FileSystem | None = None) -> Iterator[N
 
 
 def hub_subsets(config: SourceConfig) -> list[str]:
-    """Of a Hub dataset; none where that can't be told, which loading it then explains."""
+    """Names of a Hub dataset's subsets; none where they are unknown, which loading the dataset then explains."""
     go_offline_if_unreachable()
     import datasets
 
@@ -459,7 +459,7 @@ def hub_subsets(config: SourceConfig) -> list[str]:
 
 
 def hub_splits(config: SourceConfig) -> list[str]:
-    """Of the subset."""
+    """Names of the subset's splits."""
     import datasets
 
     try:

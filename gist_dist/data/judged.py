@@ -44,7 +44,7 @@ LAYOUTS = (
 )
 COLUMNS = ("anchor", "positive", "negatives")
 MOST_NEGATIVES = 8
-"""Of a row: pools of evaluation sets hold hundreds of documents judged 0 for a query."""
+"""Most documents judged 0 that a row takes: pools of evaluation sets hold hundreds for a query."""
 JUDGEMENTS = {3: ("query-id", "corpus-id", "score"), 4: ("query-id", "run", "corpus-id", "score")}
 """By their number of columns: BEIR's, and TREC's, which has no header."""
 TSV = TextFormat(delimiter="\t", quoting="none")

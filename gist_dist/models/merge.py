@@ -15,7 +15,7 @@ METHODS = (
     "linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "dare_linear", "dare_ties",
     "della", "della_linear", "breadcrumbs", "breadcrumbs_ties", "model_stock", "nearswap", "sce", "arcee_fusion",
 )  # fmt: skip
-"""Of mergekit."""
+"""Names of mergekit's methods."""
 
 
 def merge_models(
