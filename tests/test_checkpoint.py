@@ -232,7 +232,7 @@ def test_facts_of_no_run_are_refused(runs, undisturbed, content):
 def test_tensors_of_another_student_are_refused(runs, undisturbed, file):
     resumed = runs.from_checkpoint(undisturbed, 3, f"tensors-{file}")
     recommit(run_dir(resumed) / "checkpoints" / "step-00000003", f"{file}.safetensors", one_tensor())
-    with pytest.raises(UserError, match="its tensors are not those of this student, optimizer and guide"):
+    with pytest.raises(UserError, match=r"tensors .*student, optimizer"):
         runs.train(resumed)
 
 

@@ -170,11 +170,11 @@ def test_the_order_keeps_every_row_and_mixes_the_free_ones_evenly():
     [
         (
             {"guide": None},
-            "clustered asks a guide which rows are alike, and there is none; set guide.model",
+            r"clustered .*guide.* set guide\.model",
         ),
-        ({"guide": {"mode": "self"}}, "and the student is its own; set guide.model"),
-        ({"data": {"mixing": "mixed", "clustering": {"hardness": 0.5}}}, "clustering is set and mixing is mixed"),
-        ({"data": {"clustering": {"hardness": 1.5}}}, r"data.clustering.hardness = 1.5: .*less than or equal to 1"),
+        ({"guide": {"mode": "self"}}, r"student is its own.* set guide\.model"),
+        ({"data": {"mixing": "mixed", "clustering": {"hardness": 0.5}}}, "clustering .*mixing.* mixed"),
+        ({"data": {"clustering": {"hardness": 1.5}}}, r"data\.clustering\.hardness = 1\.5.* 1$"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_read(tree, changes, complaint):
@@ -185,7 +185,7 @@ def test_bad_input_is_named_before_anything_is_read(tree, changes, complaint):
 
 def test_sources_without_two_batches_are_named_before_the_guide_encodes(tree, tmp_path):
     config = parse_config(tree | {"output_dir": str(tmp_path), "batch": {"global_size": 64}})
-    with pytest.raises(UserError, match=r"no source has the rows for two batches of batch.global_size = 64 .*96, 20"):
+    with pytest.raises(UserError, match=r"two batches .*batch\.global_size = 64.*96, 20"):
         prepare(config)
     assert not (tmp_path / "guide_cache").exists()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from facts import assert_tells
 
 from gist_dist import config as config_module
 from gist_dist.common.errors import UserError
@@ -60,15 +61,15 @@ def write(folder: Path, tree: dict) -> str:
         ({"name": "../up"}, "r.yaml: name = '../up': string should match pattern"),
         ({"data__sources": []}, "r.yaml: data: sources is empty; name at least one data set"),
         ({"data__sources": [{"path": "a", "columns": {"anchr": "q"}}]},
-         "r.yaml: unknown key 'data.sources[0].columns.anchr'; did you mean 'anchor'?"),
+         "r.yaml … 'data.sources[0].columns.anchr' … 'anchor'"),
         ({"data__sources": [{"path": "a", "prompts": {"student": {"x": ""}}}]},
-         "r.yaml: unknown key 'data.sources[0].prompts.student.x'; known here: anchor, positive, negatives"),
+         "r.yaml … 'data.sources[0].prompts.student.x' … anchor, positive, negatives"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_that_names_the_field(values, expected):
     message = refused(changed(**values))
-    assert message.startswith(expected)
-    assert "\n" not in message
+    assert message.startswith("r.yaml: ")
+    assert_tells(message, expected)
 
 
 def test_every_mistake_is_named_but_no_more_than_five():
@@ -93,16 +94,16 @@ def test_overrides_are_yaml_and_reach_every_depth(tmp_path):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("optim.steps", "override 'optim.steps' is not of the form section.key=value"),
-        ("data.sources.4.path=x", "override 'data.sources.4.path=x': '4' is no index of a list of 1"),
-        ("name.deep=x", "override 'name.deep=x': name is 'run', which has no keys"),
-        ("batch.globalsize=8", "unknown key 'batch.globalsize'; did you mean 'global_size'?"),
+        ("optim.steps", "'optim.steps' … section.key=value"),
+        ("data.sources.4.path=x", "'data.sources.4.path=x' … '4' … list of 1"),
+        ("name.deep=x", "'name.deep=x' … name … 'run'"),
+        ("batch.globalsize=8", "'batch.globalsize' … 'global_size'"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path, override, expected):
     with pytest.raises(UserError) as caught:
         load_recipe(write(tmp_path, MINIMAL), [override])
-    assert expected in str(caught.value)
+    assert_tells(str(caught.value), expected)
 
 
 def test_the_written_recipe_reads_back_equal():

@@ -146,8 +146,8 @@ def test_the_page_sets_rounds_beside_the_fixed_guide(pair, tmp_path):
     ("changes", "rounds", "complaint"),
     [
         ({}, 0, "--rounds 0: at least 1"),
-        ({"name": "a"}, 1, "both recipes have the name a, and their runs would share folders"),
-        ({"guide": {"refresh": 5}}, 1, "b: guide.refresh = 5 makes a copy of the student its guide"),
+        ({"name": "a"}, 1, "name a.*share folders"),
+        ({"guide": {"refresh": 5}}, 1, r"b: guide\.refresh = 5"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_loaded(pair, changes, rounds, complaint):

@@ -294,7 +294,7 @@ def check(folder: Path, *tasks: str) -> None:
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'STSBenchmrk': MTEB has no task .* did you mean .*STSBenchmark"):
+    with pytest.raises(UserError, match=r"'STSBenchmrk'.*did you mean .*STSBenchmark"):
         check_tasks(EvaluateConfig(tasks=("STSBenchmrk",)))
     write(tmp_path / "OurPairs" / "test.csv", sts_rows())
     with pytest.raises(UserError, match=r"did you mean OurPairs"):

@@ -14,6 +14,7 @@ import hostile_data
 import pytest
 import tiny
 import yaml
+from facts import assert_tells
 
 from gist_dist.cli import main
 from gist_dist.common import redact
@@ -51,29 +52,29 @@ def test_hostile_input_works_or_is_refused_in_a_sentence(target, tmp_path, fuzz_
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("name: a\nname: b\n", "line 2: key 'name' is there twice; keep one"),
-        ("a: &a [*a]\n", "line 1: a value that contains itself"),
-        ("[" * 5000, "it is nested too deeply"),
-        ("seed: 0x" + "f" * 9000, "is no int that can be read"),
-        ("seed: " + "9" * 5000, "is no int that can be read"),
-        ("name: 2024-99-99", "line 1: '2024-99-99' is no timestamp that can be read"),
-        ("name: !!timestamp nope", "line 1: 'nope' is no timestamp that can be read"),
-        ("name: !!bool perhaps", "line 1: 'perhaps' is no bool that can be read"),
-        ("name: !!int ''", "line 1: '' is no int that can be read"),
-        ("name: !!binary aGk=", "could not determine a constructor for the tag 'tag:yaml.org,2002:binary'"),
+        ("name: a\nname: b\n", "line 2 … 'name' … keep one"),
+        ("a: &a [*a]\n", "line 1 … contains itself"),
+        ("[" * 5000, "nested"),
+        ("seed: 0x" + "f" * 9000, "int"),
+        ("seed: " + "9" * 5000, "int"),
+        ("name: 2024-99-99", "line 1 … '2024-99-99' … timestamp"),
+        ("name: !!timestamp nope", "line 1 … 'nope' … timestamp"),
+        ("name: !!bool perhaps", "line 1 … 'perhaps' … bool"),
+        ("name: !!int ''", "line 1 … '' … int"),
+        ("name: !!binary aGk=", "'tag:yaml.org,2002:binary'"),
         ("a: " + "b" * 2**22, "at most 4,194,304 are read"),
-        (MINIMAL + "output_dir: ~nobody_here/x", "output_dir: there is no user ~nobody_here with a home folder"),
-        (MINIMAL + 'output_dir: "a\\0b"', "output_dir: a path has no NUL character"),
+        (MINIMAL + "output_dir: ~nobody_here/x", "output_dir … ~nobody_here"),
+        (MINIMAL + 'output_dir: "a\\0b"', "output_dir … NUL"),
         (
             MINIMAL + f"output_dir: {'a' * 300}",
-            "output_dir: a path has at most 4095 bytes, and 255 between two slashes",
+            "output_dir … 4095 bytes … 255",
         ),
         (
             MINIMAL + "batch: {global_size: 1000000000000000000}",
-            "batch: global_size = 1000000000000000000: at most 1e+12",
+            "batch … global_size = 1000000000000000000 … 1e+12",
         ),
         (MINIMAL + "cluster: {runtime_env: {env_vars: 5}}", "env_vars are names with texts"),
-        (MINIMAL.replace("run", "../run"), "name = '../run': string should match pattern"),
+        (MINIMAL.replace("run", "../run"), "name = '../run' … pattern"),
     ],
 )
 def test_what_is_no_recipe_is_told_in_a_line(tmp_path, capsys, text, expected):
@@ -81,7 +82,8 @@ def test_what_is_no_recipe_is_told_in_a_line(tmp_path, capsys, text, expected):
     recipe.write_text(text)
     assert main(["plan", str(recipe)]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gist-dist: ")]
-    assert expected in line and len(line) < 1000
+    assert_tells(line, expected)
+    assert len(line) < 1000
 
 
 def test_a_bomb_of_aliases_is_refused_before_it_is_built():
@@ -92,7 +94,7 @@ def test_a_bomb_of_aliases_is_refused_before_it_is_built():
         "x: &x {p: 1}\n" + "y: &y\n  <<: [" + "*x, " * 1100 + "*x]\nz:\n  <<: [" + "*y, " * 1100 + "*y]\n",
     ):
         started = time.monotonic()
-        with pytest.raises(ValueError, match=r"with its aliases it has .* values; at most 1,000,000 are read"):
+        with pytest.raises(ValueError, match=r"aliases .* at most 1,000,000"):
             load_plain(text)
         assert time.monotonic() - started < 3
 
@@ -110,7 +112,7 @@ def test_aliases_share_nothing(tmp_path):
 def test_indices_that_are_none(tmp_path, override):
     path = tmp_path / "r.yaml"
     path.write_text(MINIMAL)
-    with pytest.raises(UserError, match="is no index of a list of 1"):
+    with pytest.raises(UserError, match="list of 1"):
         load_recipe(str(path), [override])
 
 
@@ -126,7 +128,7 @@ def test_an_answer_is_no_book(tmp_path):
 def test_options_out_of_range_are_told_like_a_recipe(capsys):
     assert main(["evaluate", "model", "--tasks", "STS12", "--batch-size", "0"]) == 1
     said = capsys.readouterr().err
-    assert said == "gist-dist: gist-dist evaluate: batch_size = 0: input should be greater than or equal to 1\n"
+    assert_tells(said, "gist-dist evaluate … batch_size = 0 … greater than or equal to 1")
 
 
 def test_a_hub_that_speaks_no_http_is_out_of_reach(monkeypatch):
@@ -265,24 +267,24 @@ def test_the_report_and_the_card_escape_what_texts_bring(tmp_path):
 @pytest.mark.parametrize(
     ("file", "keys", "value", "told"),
     [
-        ("config.yaml", ("student",), 5, "is no recipe that was run: student = 5: input should be a valid dictionary"),
-        ("config.yaml", ("data", "sources", 0, "path"), None, "data.sources.0.path = None: input should be"),
-        ("config.yaml", ("environment",), [1], "environment = [1]: input should be a valid dictionary"),
-        ("config.yaml", ("optim", "max_grad_norm"), "1", "optim.max_grad_norm = '1': input should be a valid number"),
-        ("config.yaml", ("evaluate", "tasks"), {"STS12": 1}, "evaluate.tasks = {'STS12': 1}: input should be"),
-        ("data.json", ("sources",), None, "is damaged: sources = None: input should be a valid list; remove it"),
-        ("data.json", ("sources", 1, "rows_read"), "6", "is damaged: sources.1.rows_read = '6': input"),
-        ("data.json", ("sources", 0, "dropped"), [1], "sources.0.dropped = [1]: input should be a valid dictionary"),
-        ("data.json", ("steps",), float("nan"), "steps = nan: input should be a finite number"),
-        ("data.json", ("num_rows",), 10**400, "can't be read as JSON: a number is larger than 1e+100"),
-        ("data.json", ("content",), "\ud800", "can't be read as JSON: 'utf-8' codec can't encode character"),
-        ("mteb/trained/STS12.json", ("scores",), [], "not an MTEB result (scores = []: input should be"),
-        ("mteb/trained/STS12.json", ("task_name",), ["a"], "(task_name = ['a']: input should be a valid"),
-        ("mteb/trained/STS12.json", ("scores", "test"), [], "not an MTEB result (it has no score)"),
-        ("mteb/guide/details/SciFact.json", ("kind",), {}, "details/SciFact.json: not an MTEB result (kind = {}"),
-        ("mteb/failures.json", ("trained",), "no", "is damaged: trained = 'no': input should be a"),
-        ("masked_examples.json", ("examples",), 5, "masked_examples.json: is damaged: examples = 5: input should be a"),
-        ("masked_examples.json", ("examples", 3, "row"), None, "examples.3.row = None: input should be a valid number"),
+        ("config.yaml", ("student",), 5, "no recipe … student = 5 … dictionary"),
+        ("config.yaml", ("data", "sources", 0, "path"), None, "data.sources.0.path = None"),
+        ("config.yaml", ("environment",), [1], "environment = [1] … dictionary"),
+        ("config.yaml", ("optim", "max_grad_norm"), "1", "optim.max_grad_norm = '1' … number"),
+        ("config.yaml", ("evaluate", "tasks"), {"STS12": 1}, "evaluate.tasks = {'STS12': 1}"),
+        ("data.json", ("sources",), None, "damaged … sources = None … list … remove it"),
+        ("data.json", ("sources", 1, "rows_read"), "6", "damaged … sources.1.rows_read = '6'"),
+        ("data.json", ("sources", 0, "dropped"), [1], "sources.0.dropped = [1] … dictionary"),
+        ("data.json", ("steps",), float("nan"), "steps = nan … finite"),
+        ("data.json", ("num_rows",), 10**400, "JSON … 1e+100"),
+        ("data.json", ("content",), "\ud800", "JSON … utf-8"),
+        ("mteb/trained/STS12.json", ("scores",), [], "not an MTEB result … scores = []"),
+        ("mteb/trained/STS12.json", ("task_name",), ["a"], "task_name = ['a']"),
+        ("mteb/trained/STS12.json", ("scores", "test"), [], "not an MTEB result … no score"),
+        ("mteb/guide/details/SciFact.json", ("kind",), {}, "details/SciFact.json … not an MTEB result … kind = {}"),
+        ("mteb/failures.json", ("trained",), "no", "damaged … trained = 'no'"),
+        ("masked_examples.json", ("examples",), 5, "masked_examples.json … damaged … examples = 5"),
+        ("masked_examples.json", ("examples", 3, "row"), None, "examples.3.row = None … number"),
     ],
 )  # fmt: skip
 def test_a_file_of_a_run_that_is_another_shape_is_told_in_a_sentence(tmp_path, capsys, file, keys, value, told):
@@ -296,7 +298,8 @@ def test_a_file_of_a_run_that_is_another_shape_is_told_in_a_sentence(tmp_path, c
     for command in (["report", str(run)], ["report", str(good), str(run)]):
         assert main(command) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"gist-dist: {run / file}: ") and told in line
+        assert line.startswith(f"gist-dist: {run / file}: ")
+        assert_tells(line, told)
     assert not list(tmp_path.rglob("*.html"))
 
 

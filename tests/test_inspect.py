@@ -172,7 +172,7 @@ def test_page_and_numbers_are_written(tree, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "rows", "complaint"),
-    [({"guide": None}, 100, "no guide to inspect; set guide.model"), ({}, 1, "--rows 1: a batch has at least 2 rows")],
+    [({"guide": None}, 100, r"set guide\.model"), ({}, 1, "--rows 1.* 2")],
 )
 def test_what_cannot_be_measured_is_said_before_models_are_loaded(tree, changes, rows, complaint):
     with pytest.raises(UserError, match=complaint):

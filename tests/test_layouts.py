@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from facts import assert_tells
 from test_sources import refused, source
 
 from gist_dist.common.errors import UserError
@@ -134,25 +135,27 @@ def test_what_is_read_is_told(tmp_path):
 
 
 def test_two_columns_that_could_be_a_role_are_asked_about(tmp_path):
-    assert refused(write(tmp_path, [{"query": "a", "answer": "p", "document": "d"}])) == (
-        "data.sources[0]: columns 'answer' and 'document' could each be the positive; set columns.positive"
+    assert_tells(
+        refused(write(tmp_path, [{"query": "a", "answer": "p", "document": "d"}])),
+        "data.sources[0] … 'answer' … 'document' … positive … set columns.positive",
     )
-    assert "columns 'query' and 'question' could each be the anchor; set columns.anchor" in refused(
-        write(tmp_path, [{"query": "a", "question": "p", "positive": "d"}])
+    assert_tells(
+        refused(write(tmp_path, [{"query": "a", "question": "p", "positive": "d"}])),
+        "'query' … 'question' … anchor … set columns.anchor",
     )
 
 
 def test_pairs_with_grades_and_classification_sets_are_told_what_they_are(tmp_path):
     rows = [{"sentence1": "a", "sentence2": "b", "score": 0.1}]
-    assert refused(write(tmp_path, rows)) == (
-        "data.sources[0]: the source has 'score' beside 'sentence1' and 'sentence2', and training takes every row as a "
-        "positive pair; keep only the rows that are, and set columns.anchor and columns.positive"
+    assert_tells(
+        refused(write(tmp_path, rows)),
+        "data.sources[0] … 'score' … 'sentence1' … 'sentence2' … set columns.anchor … columns.positive",
     )
     named = {"anchor": "sentence1", "positive": "sentence2"}
     assert rows_of(source(tmp_path / "x.jsonl", columns=named)) == [("a", "b", ())]
-    assert refused(write(tmp_path, [{"text": "a", "label": 1}])) == (
-        "data.sources[0]: the source has 'text' and 'label' and no pairs; if it is a classification set, set columns: "
-        "{text: text, label: label}"
+    assert_tells(
+        refused(write(tmp_path, [{"text": "a", "label": 1}])),
+        "data.sources[0] … 'text' … 'label' … set columns: {text: text, label: label}",
     )
 
 
@@ -276,14 +279,12 @@ def test_delimiter_quoting_and_encoding_that_are_set(tmp_path):
     path.write_bytes('anchor^positive\n"où^café\n"a" b^c\n'.encode("cp1252"))
     options = {"delimiter": "^", "quoting": "none", "encoding": "cp1252"}
     assert [row[:2] for row in rows_of(source(path, format=options))] == [('"où', "café"), ('"a" b', "c")]
-    assert refused(path, format={"delimiter": "^"}).endswith(
-        "x.csv is not UTF-8 text; convert it, or set format.encoding (cp1252 where Excel wrote it in Western Europe)"
-    )
+    assert_tells(refused(path, format={"delimiter": "^"}), "x.csv … UTF-8 … convert … format.encoding … cp1252")
     assert "x.csv is not ascii text" in refused(path, format=options | {"encoding": "ascii"}) or "UTF-8" in refused(
         path, format=options | {"encoding": "ascii"}
     )
-    assert refused(path, format=options | {"encoding": "shift_jis", "quoting": "none"}).endswith(
-        "is not shift_jis text; set another format.encoding"
+    assert_tells(
+        refused(path, format=options | {"encoding": "shift_jis", "quoting": "none"}), "shift_jis … format.encoding"
     )
 
 
@@ -303,23 +304,21 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path, kind, encoding):
 def test_files_without_a_header(tmp_path):
     path = tmp_path / "triples.train.tsv"
     path.write_text('what is "rain\twater from clouds\ttea\n"a b\tc\td\n')
-    assert "set columns.anchor, or format.names if the file has no header" in refused(path)
+    assert_tells(refused(path), "columns.anchor … format.names … header")
     options = {"names": ["anchor", "positive", "negative"], "quoting": "none"}
     assert rows_of(source(path, format=options)) == [
         ('what is "rain', "water from clouds", ("tea",)), ('"a b', "c", ("d",))
     ]  # fmt: skip
-    assert "line 1 has 3 cells where the header has 2; fix or remove it, or set format.names" in refused(
-        path, format=options | {"names": ["anchor", "positive"]}
-    )
+    assert_tells(refused(path, format=options | {"names": ["anchor", "positive"]}), "line 1 … 3 … 2 … format.names")
 
 
 def test_a_format_of_no_use_is_refused(tmp_path):
     path = write(tmp_path, [{"anchor": "a", "positive": "b"}], "parquet")
-    assert refused(path, format={"encoding": "cp1252"}) == (
-        "data.sources[0].format.encoding: the source has no CSV, TSV or JSON file; remove it"
+    assert_tells(
+        refused(path, format={"encoding": "cp1252"}), "data.sources[0].format.encoding … CSV, TSV … JSON … remove"
     )
     path = write(tmp_path, [{"anchor": "a", "positive": "b"}])
-    assert "format.delimiter: the source has no CSV or TSV file" in refused(path, format={"delimiter": ";"})
+    assert_tells(refused(path, format={"delimiter": ";"}), "format.delimiter … CSV … TSV")
     for options in (
         {"delimiter": '"'},
         {"delimiter": ";;"},
@@ -347,7 +346,7 @@ def test_json_that_holds_its_rows_in_an_object(tmp_path, indent, head):
 def test_what_follows_a_list_is_not_lost_silently(tmp_path):
     path = write(tmp_path, [{"anchor": "a", "positive": "b"}], "json")
     path.write_text(path.read_text() + "\n" + path.read_text())
-    assert "x.json line 6 goes on after its list; remove what follows" in refused(path)
+    assert_tells(refused(path), "x.json line 6 … list … remove")
 
 
 # ----------------------------------------------------------------------------------------------------- retrieval sets
@@ -387,14 +386,14 @@ def test_splits_of_beir_folders(tmp_path):
     assert len(pairs_of(source(folder, split="test"))) == 3
     assert "no split 'dev' in" in refused(folder, split="dev")
     (folder / "qrels" / "test.tsv").unlink()
-    assert "has documents and queries and no judgements (qrels) that pair them" in refused(folder)
+    assert_tells(refused(folder), "documents … queries … qrels")
 
 
 def test_damaged_judgements_are_named(tmp_path):
     folder = beir(tmp_path / "set", lines="q1\td1\t1\nq1\td2\tgood\n")
-    assert "train.tsv row 2: score 'good' is no number" in refused(folder)
+    assert_tells(refused(folder), "train.tsv row 2 … score … 'good'")
     (folder / "qrels" / "train.tsv").write_text("q1\td1\n")
-    assert "train.tsv has 2 columns; judgements are query-id, corpus-id, score" in refused(folder)
+    assert_tells(refused(folder), "train.tsv … 2 columns … query-id, corpus-id, score")
 
 
 @pytest.mark.parametrize("separator", ["\t", " "])

@@ -210,10 +210,10 @@ def test_an_anchor_with_many_positives_still_finds_others():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"negatives": 0}, r"negatives = 0: nothing would be mined"),
-        ({"min_rank": -1}, r"min-rank = -1: ranks count from 0"),
-        ({"min_rank": 5, "max_rank": 7}, r"max-rank = 7 leaves 2 candidates after min-rank = 5, and 3 negatives"),
-        ({"min_score": 0.9, "max_score": 0.1}, r"min-score = 0.9 is above max-score = 0.1"),
+        ({"negatives": 0}, r"negatives = 0"),
+        ({"min_rank": -1}, r"min-rank = -1.* 0"),
+        ({"min_rank": 5, "max_rank": 7}, r"max-rank = 7 .*2.* min-rank = 5.* 3"),
+        ({"min_score": 0.9, "max_score": 0.1}, r"min-score = 0\.9 .*max-score = 0\.1"),
     ],
 )
 def test_impossible_options_are_refused(changes, message):
@@ -371,7 +371,7 @@ def test_mined_sources_load_with_their_negatives(ray_session, tmp_path, monkeypa
     written = (report.folder / "one.parquet").stat().st_mtime_ns
     assert module.mine(config, options, tmp_path / "mined").counts == counts
     assert (report.folder / "one.parquet").stat().st_mtime_ns == written
-    with pytest.raises(UserError, match=r"mined holds negatives of other inputs \(options differ\); name another"):
+    with pytest.raises(UserError, match=r"mined .*other inputs .*options.*; name another"):
         module.mine(config, replace(options, negatives=2), tmp_path / "mined")
 
     # Another model scores in place of the guide, without the guide's prompts, which the sources keep.
@@ -401,11 +401,11 @@ def test_mining_needs_a_model_and_rows_with_positives(tmp_path):
     from gist_dist.on_ray.tasks.mine import mine
 
     without = parse_config(recipe(tmp_path, save_tiny_model(tmp_path / "student"), None, tmp_path / "rows.jsonl"))
-    with pytest.raises(UserError, match=r"no guide model to score with; set guide.model or give --model"):
+    with pytest.raises(UserError, match=r"set guide\.model .*--model"):
         mine(without, MineOptions(), tmp_path / "mined")
     with pytest.raises(UserError, match=r"no folder '/nowhere/model'"):
         mine(without, MineOptions(model="/nowhere/model"), tmp_path / "mined")
     labelled = recipe(tmp_path, tmp_path / "student", tmp_path / "guide", tmp_path / "rows.jsonl")
     labelled["data"]["sources"][0]["columns"] = {"text": "text", "label": "label"}
-    with pytest.raises(UserError, match=r"classification sets, whose triplets have negatives of other classes"):
+    with pytest.raises(UserError, match=r"classification sets"):
         mine(parse_config(labelled), MineOptions(), tmp_path / "mined")

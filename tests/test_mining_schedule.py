@@ -156,19 +156,19 @@ def test_other_negatives_to_begin_with_are_another_run(tree):
     config = parse_config(cut)
     corpus = opened(config)
     corpus.mined_digest = "of another guide"
-    with pytest.raises(UserError, match="mined was 'of the guide' and is now 'of another guide'"):
+    with pytest.raises(UserError, match=r"mined .*'of the guide' .*'of another guide'"):
         train(config, corpus, Student(config.student), Guide(config.guide), World())
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"guide": None}, "data.mine asks a guide for negatives, and there is none; set guide.model"),
-        ({"guide": {"mode": "self"}}, "data.mine asks a guide for negatives, and the student is its own"),
-        ({"data": {"mine": {"negatives": 0}}}, "data.mine.negatives = 0: .*greater than or equal to 1"),
+        ({"guide": None}, r"data\.mine .*guide.*none; set guide\.model"),
+        ({"guide": {"mode": "self"}}, r"data\.mine .*guide.*student is its own"),
+        ({"data": {"mine": {"negatives": 0}}}, r"data\.mine\.negatives = 0.* 1"),
         (
             {"data": {"sources": [{"path": "x", "columns": {"text": "t", "label": "l"}}]}},
-            "data.mine: all sources are classification sets",
+            r"data\.mine.*classification sets",
         ),
     ],
 )

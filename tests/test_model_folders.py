@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from facts import assert_tells
 from zoo import Kind
 
 from gist_dist.common.errors import UserError
@@ -143,7 +144,7 @@ def test_tokens_without_an_embedding_are_refused(plain):
     tokenizer = AutoTokenizer.from_pretrained(plain)
     tokenizer.add_tokens(["<new>", "<newer>"])
     tokenizer.save_pretrained(plain)
-    assert "knows 2 tokens that its model has no embedding for ('<new>' is number" in refusal(plain)
+    assert_tells(refusal(plain), "2 tokens … no embedding … '<new>'")
 
 
 @pytest.mark.parametrize("architecture", ["bert", "distilbert", "gpt2"])
@@ -173,7 +174,7 @@ def test_an_adapter_is_named_with_its_base(plain):
     (plain / "config.json").unlink()
     (plain / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "the/base"}')
     told = refusal(plain)
-    assert "PEFT adapter (LoRA) of 'the/base' and no whole model; merge it" in told
+    assert_tells(told, "PEFT … LoRA … 'the/base' … merge it")
 
 
 @pytest.mark.parametrize(
@@ -182,19 +183,19 @@ def test_an_adapter_is_named_with_its_base(plain):
 def test_weights_of_another_framework_only(plain, name):
     (plain / name).parent.mkdir(exist_ok=True)
     (plain / WEIGHTS).rename(plain / name)
-    assert f"it has no PyTorch weights (model.safetensors or pytorch_model.bin), only {name}" in refusal(plain)
+    assert_tells(refusal(plain), f"no PyTorch weights … model.safetensors … pytorch_model.bin … {name}")
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json", "config.json"])
 def test_git_lfs_pointers(plain, name):
     (plain / name).write_text(POINTER)
-    assert f"{name} is a Git LFS pointer, not the file itself; run 'git lfs pull'" in refusal(plain)
+    assert_tells(refusal(plain), f"{name} … Git LFS … git lfs pull")
 
 
 def test_a_pointer_in_a_module_of_its_own(tmp_path):
     folder = zoo.save(tmp_path / "model", Kind(extra="dense"))
     (folder / "2_Dense" / WEIGHTS).write_text(POINTER)
-    assert "2_Dense/model.safetensors is a Git LFS pointer" in refusal(folder)
+    assert_tells(refusal(folder), "2_Dense/model.safetensors … Git LFS")
 
 
 def test_a_shard_that_is_missing(plain):
@@ -204,7 +205,7 @@ def test_a_shard_that_is_missing(plain):
     }
     (plain / WEIGHTS).rename(plain / "model-00001-of-00002.safetensors")
     (plain / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": names}))
-    assert "1 weight files that are not there (model-00002-of-00002.safetensors)" in refusal(plain)
+    assert_tells(refusal(plain), "1 … not there … model-00002-of-00002.safetensors")
 
 
 def test_sharded_weights_and_a_state_dict_are_loaded(tmp_path, plain):
@@ -380,7 +381,7 @@ def test_folders_that_are_no_model(tmp_path, make, told):
 
 def test_the_folder_of_a_run(tmp_path):
     zoo.save(tmp_path / "model", Kind())
-    assert what_is_wrong(tmp_path) == "it is the folder of a run; name its model/ in it"
+    assert_tells(what_is_wrong(tmp_path), "folder of a run … model/")
     assert what_is_wrong(tmp_path / "model") is None
 
 
@@ -391,7 +392,7 @@ def test_models_that_are_not_fed_by_a_transformer(tmp_path, plain):
 
     static = StaticEmbedding(Tokenizer.from_file(str(plain / "tokenizer.json")), embedding_dim=16)
     SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"))
-    assert "begins with StaticEmbedding; only transformer models are supported" in refusal(tmp_path / "static")
+    assert_tells(refusal(tmp_path / "static"), "StaticEmbedding … transformer")
     ways = [[Transformer(str(plain)), Pooling(32)] for _ in range(2)]
     router = Router.for_query_document(*ways)
     SentenceTransformer(modules=[router], device="cpu").save(str(tmp_path / "router"))

@@ -119,9 +119,7 @@ def test_prompts_are_told_before_training(tmp_path, plain):
 def test_a_prompt_that_leaves_no_room_is_refused(tmp_path, plain, where):
     long = {"anchor": "amber " * 62}
     config = run_of(tmp_path, plain, *(({}, long) if where == "source" else (long,)))
-    with pytest.raises(
-        UserError, match=r"student\.prompts: 'amber .*…' alone fills the 64 tokens that texts are cut to"
-    ):
+    with pytest.raises(UserError, match=r"student\.prompts: 'amber .*…' .*64 tokens"):
         prepare(config, Student(config.student), None, progress=lambda line: None)
 
 
@@ -195,11 +193,11 @@ def test_a_saved_model_that_embeds_otherwise_is_not_kept(tmp_path, plain, monkey
             weight.copy_(kept)
 
     monkeypatch.setattr(student.model, "save", damaged)
-    with pytest.raises(UserError, match=r"the saved model's encode_query\(\) embeds otherwise than the trained one"):
+    with pytest.raises(UserError, match=r"saved model.*encode_query\(\)"):
         save_model(student, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     monkeypatch.setattr(student.model, "save", lambda path, **options: Path(path).mkdir())
-    with pytest.raises(UserError, match="was saved and can't be loaded again"):
+    with pytest.raises(UserError, match="can't be loaded"):
         save_model(student, tmp_path / "saved")
 
 
@@ -210,9 +208,7 @@ def test_a_text_that_nothing_cuts_is_spoken_of(tmp_path):
     student = Student(config.student)
     corpus = prepare(config, student, None, progress=lambda line: None)
     lines = outline(config, student, None, corpus, Sampler(corpus, config))
-    assert any(
-        "the longest text has 5,003 tokens, and the student has no limit; set student.max_tokens" in x for x in lines
-    )
+    assert any("5,003 tokens" in x and "set student.max_tokens" in x for x in lines)
     assert any("no limit of tokens" in line for line in lines) and "00000000" not in "".join(lines)
 
 
@@ -229,5 +225,5 @@ def test_the_last_token_without_an_end_is_spoken_of(tmp_path, caplog):
 
 def test_a_prompt_that_is_no_text_is_refused(tmp_path, plain):
     model = model_with(plain, tmp_path / "model", {"prompts": {"query": ["old"]}})
-    with pytest.raises(UserError, match=r"has a prompt that is no text, 'query' in config_sentence_transformers\.json"):
+    with pytest.raises(UserError, match=r"prompt .*'query' .*config_sentence_transformers\.json"):
         Student(StudentConfig(model=str(model)))

@@ -125,9 +125,7 @@ def test_a_skipped_step_changes_nothing(runs, undisturbed, student, what, caplog
 
 def test_skips_are_bounded_over_resumes(runs):
     tree = runs.tree("bounded", optim={"non_finite": "skip", "max_skipped": 2}, checkpoint={"every_steps": 4})
-    told = (
-        r"step 5: the loss is nan; .*, and optim.max_skipped = 2 steps were skipped before; the state before it is kept"
-    )
+    told = r"step 5.*loss is nan.*optim\.max_skipped = 2 .*skipped.*kept"
     with pytest.raises(UserError, match=told):
         runs.train(tree, student=BadTwice)
     with pytest.raises(UserError, match=told):
@@ -139,7 +137,7 @@ def test_skips_are_bounded_over_resumes(runs):
 
 def test_the_first_step_has_no_state_before_it(runs):
     tree = runs.tree("first", student={"dropout": 0.1}, loss={"temperature": 1e-45})
-    with pytest.raises(UserError, match=r"step 1: the loss is (nan|inf).*the state before it is the untrained student"):
+    with pytest.raises(UserError, match=r"step 1.*loss is (nan|inf).*untrained student"):
         runs.train(tree)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from facts import assert_tells
 from ray.job_submission import JobStatus
 from ray_head import Head, plain_environment, ray_head
 from tiny import recipe, save_tiny_model, words, write_jsonl
@@ -111,7 +112,7 @@ def test_resuming_takes_the_recipe_of_the_newest_job(head, client, place):
     with pytest.raises(UserError, match=r"/gone\.jsonl is neither here nor on the head"):
         submit.resume("gone", target)
     client.submit_job(entrypoint="true", metadata={jobs.RUN_KEY: "gone"})
-    with pytest.raises(UserError, match="its job does not hold the recipe; submit that again"):
+    with pytest.raises(UserError, match="recipe; submit that again"):
         submit.resume("gone", target)
 
 
@@ -271,14 +272,14 @@ def test_a_head_that_is_dead_or_stopped_is_told_within_seconds(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(UserError, match="does not answer; see that the head"):
             connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
-    with pytest.raises(UserError, match=r"jobs are sent to a dashboard; give http://HEAD:8265"):
+    with pytest.raises(UserError, match=r"dashboard.* give http://HEAD:8265"):
         connect("ray://127.0.0.1:10001")
 
 
 def test_without_the_token_nothing_is_told_and_the_token_is_never_shown(head, tmp_path):
     (tmp_path / "wrong").write_text("0" * 64)
     # Which of the two: another test's Ray in this process may have left its own token.
-    with pytest.raises(UserError, match="token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or give"):
+    with pytest.raises(UserError, match=r"token.* RAY_AUTH_MODE=token .*RAY_AUTH_TOKEN"):
         connect(head.address)
     with pytest.raises(UserError, match="does not accept the token") as refusal:
         connect(head.address, tmp_path / "wrong")
@@ -453,17 +454,17 @@ def test_overrides_may_stand_behind_options():
     [
         (
             ["train", "quickstart", "--address", "http://head:8265"],
-            "is a dashboard: `gist-dist submit` sends a run there",
+            "http://head:8265 … dashboard … gist-dist submit",
         ),
-        (["submit", "quickstart"], "--address is missing: the dashboard of the cluster, such as http://HEAD:8265"),
-        (["submit"], "submit takes a recipe, or one of --logs, --status, --stop and --resume with a run's name"),
-        (["submit", "quickstart", "--logs", "my"], "submit takes a recipe, or one of --logs"),
+        (["submit", "quickstart"], "--address … dashboard … http://HEAD:8265"),
+        (["submit"], "submit … recipe … --logs, --status, --stop … --resume"),
+        (["submit", "quickstart", "--logs", "my"], "submit … recipe … --logs"),
     ],
 )
 def test_a_command_that_makes_no_sense_is_one_sentence(arguments, sentence, capsys, monkeypatch):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     assert cli.main(arguments) == 1
-    assert sentence in capsys.readouterr().err
+    assert_tells(capsys.readouterr().err, sentence)
 
 
 def test_train_with_an_address_is_a_driver_on_that_cluster(monkeypatch):
