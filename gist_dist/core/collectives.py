@@ -19,6 +19,9 @@ T = TypeVar("T")
 ANSWER_SECONDS = 20
 """How long the others wait for rank 0 in one collective."""
 
+CollectiveError = dist.DistError
+"""What a collective raises, where a peer was lost too."""
+
 
 @dataclass(frozen=True)
 class World:

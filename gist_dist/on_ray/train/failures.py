@@ -90,7 +90,7 @@ def classify(failures: Mapping[int, BaseException]) -> list[Failure]:
 
 
 def _classified(rank: int, error: BaseException) -> Failure:
-    from torch.distributed import DistError
+    from gist_dist.core.collectives import CollectiveError
 
     text = last_line(str(error)) or type(error).__name__
     causes = list(_causes(error))
@@ -107,7 +107,7 @@ def _classified(rank: int, error: BaseException) -> Failure:
         if KILLED.search(full):
             return Failure(rank, "killed", f"worker {rank} was ended from outside or ended itself")
         return Failure(rank, "lost", f"worker {rank} was lost")
-    if isinstance(error, DistError) or (isinstance(error, RuntimeError) and PEER.search(full)):
+    if isinstance(error, CollectiveError) or (isinstance(error, RuntimeError) and PEER.search(full)):
         return Failure(rank, "peer", text)
     return Failure(rank, "error", f"{type(error).__name__}: {text}")
 
