@@ -222,8 +222,8 @@ def _registered_task(wanted: TaskName, folder: Path) -> "AbsTask":
             raise UserError(f"{folder}: has no data of {name}'s part {lacking[0]!r} (has: {listed(held)})")
         task.hf_subsets = [s for s in task.hf_subsets if s in held or f"{s}-corpus" in held]
         if not task.hf_subsets:
-            wanted = ", ".join(base.metadata.hf_subsets)
-            raise UserError(f"{folder}: has none of {name}'s subsets {wanted} (has: {', '.join(held)})")
+            named = ", ".join(base.metadata.hf_subsets)
+            raise UserError(f"{folder}: has none of {name}'s subsets {named} (has: {', '.join(held)})")
     return task
 
 
