@@ -324,7 +324,7 @@ class SourceConfig(Section):
     split_by: str | None = None
     """A column whose every value makes a source of its own, as task_name in MEDI; each with this weight."""
     several_positives: Literal["together", "apart"] = "together"
-    """Of one anchor (a list, several columns, several judgements of a query). together: a row has them all; see
+    """Several positives of one anchor (a list, columns, judgements of a query). together: a row has them all; see
     loss.positives. apart: each makes a row of its own, for anchors that have dozens."""
     triplets: Triplets = Triplets()
     """For a classification set (columns.text and columns.label)."""
@@ -536,7 +536,7 @@ class EvaluateConfig(Section):
     """Benchmarks of MTEB's, such as MTEB(eng, v2), NanoBEIR or RTEB(beta), one or a list; or of your own: NAME for
     local_tasks/NAME.yaml with `tasks: [...]`. Their tasks are run after training as well."""
     languages: tuple[str, ...] = ()
-    """Of tasks in several languages only the parts in these (ISO 639-3, as deu). []: all."""
+    """Languages (ISO 639-3, as deu): of tasks in several, only the parts in these are scored. []: all."""
     baseline: bool = True
     """Also run them on the untrained student."""
     guide: bool = False

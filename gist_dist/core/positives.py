@@ -48,7 +48,7 @@ def further_cosines(
     places: Int[Tensor, "b q"],
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, "b q"], Bool[Tensor, "b q"]]:
-    """Of the rows' anchors and further positives, and which of them are there. places: in the table, -1 for none."""
+    """Scores of the rows' anchors and further positives, and which are there. places: in the table, -1 for none."""
     columns = [(anchors * embeddings[column]).sum(dim=1, dtype=dtype) for column in places.clamp(min=0).T]
     return torch.stack(columns, dim=1), places >= 0
 

@@ -134,7 +134,7 @@ class Corpus:
 
     @cached_property
     def num_further(self) -> np.ndarray:
-        """Of every row: positives beside the first."""
+        """How many positives every row has beside the first."""
         return np.diff(self._further_offsets)
 
     def further_of(self, rows: np.ndarray) -> np.ndarray:

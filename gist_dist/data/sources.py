@@ -48,7 +48,7 @@ class Row(NamedTuple):
     positive: str
     negatives: tuple[str, ...]
     number: int
-    """Of the row within its part, from 0; unusable rows count. With several_positives: apart, rows share it."""
+    """Its number within its part, from 0; unusable rows count. With several_positives: apart, rows share it."""
     group: str | None = None
     """Value of the split_by column."""
     label: str | None = None

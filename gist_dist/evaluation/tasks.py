@@ -111,7 +111,7 @@ def _counts(split: str, wanted: TaskName) -> bool:
 
 
 def _characters(split: dict[str, Any], subsets: Sequence[str]) -> int:
-    """Of MTEB's statistics of a split: all texts of the parts."""
+    """How many characters all texts of the parts have, by MTEB's statistics of a split."""
     by_subset = split.get("hf_subset_descriptive_stats") or {}
     if subsets and by_subset:
         return sum(_characters(part, ()) for name, part in by_subset.items() if name in subsets)

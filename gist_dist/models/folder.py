@@ -64,7 +64,7 @@ def what_is_wrong(folder: Path) -> str | None:
 
 
 def why_it_failed(folder: Path, is_trusted: bool) -> str | None:
-    """Of a model that could not be loaded: other senses than text, code of its own that does not run, no vocabulary."""
+    """Why a model could not be loaded: other senses than text, code of its own that does not run, no vocabulary."""
     settings = json_object(transformer_folder(folder) / "config.json")
     if sense := next((sense for sense in ("vision", "audio") if f"{sense}_config" in settings), None):
         return f"it is multimodal ({settings.get('model_type')}, with {sense}); only text models are supported"
@@ -142,7 +142,7 @@ def _quantized(inner: Path) -> str | None:
 
 
 def _missing_module(folder: Path) -> str | None:
-    """Of modules.json; one without settings, such as Normalize, needs no folder, and Git keeps no empty ones."""
+    """A missing folder that modules.json names; a module without settings, such as Normalize, needs none."""
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

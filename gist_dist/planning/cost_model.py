@@ -27,7 +27,7 @@ OPTIMIZER_BYTES_PER_PARAMETER = 60
 SCATTER_COPIES = 3
 """fp64 gradients of all texts when they are sent: as computed, in the workers' order, padded to equal shares."""
 NCCL_EFFICIENCY, HOP_SECONDS = 0.8, 5e-6
-"""Of a link's bytes/s; latency of each hop around a ring of W."""
+"""Share of a link's bytes/s that NCCL reaches; latency of each hop around a ring of W."""
 LAUNCH_SECONDS_PER_LAYER = 31 * 10e-6
 """A layer's forward takes no less, however few its tokens: 31 kernels (counted) of 10 µs (an H200's host)."""
 PLAN_SECONDS_PER_TEXT, CACHE_BYTES_PER_SECOND = 0.5e-6, 1.0e9
@@ -38,7 +38,7 @@ HOST_COPY_BYTES_PER_SECOND = 20e9
 CONTEXT_BYTES = 1.0e9
 """CUDA's own, NCCL's buffers and what the allocator keeps; on a CPU, Python and its libraries."""
 SLICE, LEAST_ROWS = {False: 1024, True: 1 << 20}, {False: 64, True: 1024}
-"""Of candidates.py, by whether it is a GPU."""
+"""The sizes of candidates.py, by whether it is a GPU."""
 ASSUMED_TEXT_TOKENS, ASSUMED_ACTIVATIONS = 64, 20
 """Without a plan: tokens of a text, and how many vectors of the hidden size autograd keeps of a token in a layer."""
 

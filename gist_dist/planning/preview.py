@@ -108,7 +108,7 @@ class Preview:
 
     @property
     def student_flops(self) -> float:
-        """Of a step: forward, forward again for chunks that were not kept, backward as two."""
+        """What a step computes: forward, forward again for chunks that were not kept, backward as two."""
         forward = float(np.mean([_forward_flops(self.student, plan.student_chunks) for plan in self.plans]))
         return (4 - self.kept_share) * forward
 

@@ -47,7 +47,7 @@ class EvaluateSection(Shape):
 
 
 class BenchmarkTasks(Shape):
-    """Of mteb/benchmarks.json."""
+    """An entry of mteb/benchmarks.json."""
 
     name: str
     tasks: list[str]

@@ -8,23 +8,23 @@ from statistics import fmean, stdev
 import numpy as np
 
 DRAWS = 10_000
-"""Of the bootstrap."""
+"""Draws of the bootstrap."""
 LEVEL = 0.95
-"""Of every interval."""
+"""Level of every interval."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Of the differences of pairs; what takes at least two of them is None for one."""
+    """What the differences of pairs tell; what takes at least two of them is None for one."""
 
     number: int
     mean: float
     sd: float | None
     low: float | None
-    """Of the t interval of the mean, at 95 %."""
+    """Bounds of the t interval of the mean, at 95 %."""
     high: float | None
     p: float | None
-    """Of the paired t test that the mean is zero, two-sided; None where all differences are equal."""
+    """p of the paired t test that the mean is zero, two-sided; None where all differences are equal."""
 
 
 def paired(differences: Sequence[float]) -> Paired:
