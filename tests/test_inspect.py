@@ -71,6 +71,25 @@ def test_counts_are_those_of_the_loss(tree, inspected):
     assert measured["masked_fraction"] == pytest.approx(expected["masked_"] / expected["candidates_"])
 
 
+@pytest.mark.parametrize("loss", [{"negatives": "own"}, {"guard_negatives": True, "margin": 0.3}], ids=str)
+def test_rules_of_hard_negatives_are_followed(tree, loss):
+    config = parse_config(tree | {"loss": tree["loss"] | loss})
+    student, guide, corpus = prepare(config)
+    rows = module._sample(config, corpus, 1, None)[:12]
+    plan = plan_batch(corpus, rows, 0, 128, False)
+    arrays = (plan.anchors, plan.positives, plan.negatives, plan.identity, plan.negative_rows)
+    batch = BatchIndex(*map(torch.from_numpy, arrays))
+    ours = torch.from_numpy(
+        encode_inputs(Guide.copy_of(student, config.guide), corpus.student_tokens(plan.texts), 128)
+    ).float()
+    theirs = torch.from_numpy(encode_inputs(guide, corpus.guide_tokens(plan.texts), 128)).float()
+    counts = gist_loss(ours, theirs, batch, row_blocks(batch, config.loss, 1e6), config.loss).counts
+    masked, candidates = (sum(float(counts[f"{name}_{part}"]) for part in PARTS) for name in ("masked", "candidates"))
+    sample = module._Sample(config, corpus, rows, plan.texts, ours, theirs, None)
+    assert len(plan.negatives) and 0 < masked < candidates
+    assert sample.measure(12)["masked_fraction"] == pytest.approx(masked / candidates)
+
+
 def test_weights_are_those_of_a_loop_over_candidates(tree):
     """Rows, candidates and rules one by one, in plain Python."""
     config = parse_config(tree)

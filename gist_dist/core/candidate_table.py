@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gist_dist.config import LossConfig
 from gist_dist.core.candidates import BatchIndex, false_negatives, mean_over_positives
-from gist_dist.core.layout import Layout
+from gist_dist.core.layout import Layout, Pairs
 
 
 def mean_guide_similarity(batch: BatchIndex, guide: Float[Tensor, "u e"]) -> float:
@@ -57,21 +57,32 @@ class CandidateTable:
     def masked(self, rows: Tensor) -> Bool[Tensor, "r c"]:
         """What the guide takes out, unless another rule does."""
         masked = false_negatives(self.scores(self.guide, rows), self.guide_positive(rows), self.loss)
-        return masked & ~self._is_own_negative(rows) if self.loss.guard_negatives else masked
+        return masked & ~self.guarded(rows)
 
     def left_out(self, rows: Tensor) -> Bool[Tensor, "r c"]:
-        """What is no candidate of a row: equal texts, known positives, other rows' negatives where only own count."""
-        out, groups = self.identical(rows), self.batch.groups
+        """What the loss leaves out of a row without a guide: known positives too."""
+        out, groups = self.no_candidates(rows), self.batch.groups
         if groups is not None:
             out |= groups[self.texts] == groups[self.batch.anchors[rows]].unsqueeze(1)
-        for pairs in (self.layout.known, self.layout.further):
-            row_of_pair, columns = (tensor.to(rows.device) for tensor in (pairs.rows, pairs.columns))
-            at, pair = (rows.unsqueeze(1) == row_of_pair).nonzero(as_tuple=True)
-            out[at, columns[pair]] = True
+        return self._mark(out, rows, self.layout.known)
+
+    def no_candidates(self, rows: Tensor) -> Bool[Tensor, "r c"]:
+        """Equal texts, the row's further positives, other rows' negatives where only own count."""
+        out = self._mark(self.identical(rows), rows, self.layout.further)
         if self.loss.negatives == "own" and "an" in self.layout.columns:
             negatives = self.layout.columns["an"]
             out[:, negatives] |= ~self._is_own_negative(rows)[:, negatives]
         return out
+
+    def _mark(self, out: Bool[Tensor, "r c"], rows: Tensor, pairs: Pairs) -> Bool[Tensor, "r c"]:
+        row_of_pair, columns = (tensor.to(rows.device) for tensor in (pairs.rows, pairs.columns))
+        at, pair = (rows.unsqueeze(1) == row_of_pair).nonzero(as_tuple=True)
+        out[at, columns[pair]] = True
+        return out
+
+    def guarded(self, rows: Tensor) -> Bool[Tensor, "r c"]:
+        """What the guide may not take out: own negatives, where they are guarded."""
+        return self._is_own_negative(rows) & self.loss.guard_negatives
 
     def _is_own_negative(self, rows: Tensor) -> Bool[Tensor, "r c"]:
         own = torch.zeros(len(rows), len(self.texts), dtype=torch.bool, device=rows.device)

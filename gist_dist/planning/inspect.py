@@ -314,23 +314,28 @@ class _Block:
     guide_scores: Float[Tensor, "b c"]
     guide_positive: Float[Tensor, "b 1"]
     identical: Bool[Tensor, "b c"]
-    """No candidates: the row's own texts, and equal ones."""
+    """No candidates: the row's own texts, and equal ones; other rows' negatives where only own count."""
+    guarded: Bool[Tensor, "b c"]
+    """Own negatives that the guide may not take out."""
     known: Bool[Tensor, "b c"] | None
     """Known to mean what the row means: a false negative."""
 
     @classmethod
     def of(cls, batch: _Batch, rows: Int[Tensor, " b"]) -> "_Block":
-        table, identical, known = batch.table, batch.table.identical(rows), None
+        table, identical, known = batch.table, batch.table.no_candidates(rows), None
         if batch.cluster is not None:
             own = batch.cluster[table.batch.anchors[rows]].unsqueeze(1)
             known = (batch.cluster[table.texts] == own) & ~identical
-        scores = [(table.scores(e, rows), table.of_positive(e, rows)) for e in (batch.student, table.guide)]
-        return cls(table, rows, *scores[0], *scores[1], identical, known)
+        ours, theirs = (table.scores(embeddings, rows) for embeddings in (batch.student, table.guide))
+        positive = table.of_positive(batch.student, rows)
+        return cls(
+            table, rows, ours, positive, theirs, table.guide_positive(rows), identical, table.guarded(rows), known
+        )
 
     def masked(self, margin: float) -> Bool[Tensor, "b c"]:
         """What the guide takes out, were this the margin."""
         loss = self.table.loss.model_copy(update={"margin": margin})
-        return false_negatives(self.guide_scores, self.guide_positive, loss) & ~self.identical
+        return false_negatives(self.guide_scores, self.guide_positive, loss) & ~self.identical & ~self.guarded
 
 
 class _Counts(Counter[str]):
