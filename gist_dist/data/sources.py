@@ -307,8 +307,9 @@ class Source:
             firsts, further = [texts[0] for texts in several], [tuple(texts[1:]) for texts in several]
             return anchors, firsts, further, negatives, range(len(anchors))
         places = [place for place, texts in enumerate(several) for _ in texts]
-        rows = [anchors[i] for i in places], [*chain(*several)], [()] * len(places), [negatives[i] for i in places]
-        return *rows, places
+        one_each: list[tuple[Any, ...]] = [()] * len(places)
+        own_anchors, own_negatives = [anchors[i] for i in places], [negatives[i] for i in places]
+        return own_anchors, [*chain(*several)], one_each, own_negatives, places
 
     def _texts(self, cells: list[Any]) -> list[Any]:
         instructions = self.config.columns.instructions
