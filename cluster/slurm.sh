@@ -53,7 +53,8 @@ data:
     revision: 238a0499b6e6b690cc64ea56fde8461daa8341bb
     columns:
       anchor: query
-      positive: pos
+      positive:
+      - pos
       negatives:
       - neg
     split_by: task_name

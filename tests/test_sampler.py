@@ -34,6 +34,12 @@ class Rows(Corpus):
         self.identity = np.arange(num_texts) * 7 - 5 if identity is None else np.asarray(identity)
         self.manifest = {"sources": [{"name": f"s{n}"} for n in range(1 + int(self.source.max()))]}
 
+    _further = np.empty(0, np.int64)
+
+    @property
+    def _further_offsets(self) -> np.ndarray:
+        return np.zeros(len(self.anchors) + 1, np.int64)
+
     def own_negatives_of(self, rows: np.ndarray) -> np.ndarray:
         return np.array([text for row in rows for text in self.rows[row][2]], dtype=np.int64)
 

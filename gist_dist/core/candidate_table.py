@@ -57,7 +57,7 @@ class CandidateTable:
     def masked(self, rows: Tensor) -> Bool[Tensor, "r c"]:
         """What the guide takes out, unless another rule does."""
         masked = false_negatives(self.scores(self.guide, rows), self.guide_positive(rows), self.loss)
-        return masked & ~self.guarded(rows)
+        return masked & ~self._is_own_negative(rows) if self.loss.guard_negatives else masked
 
     def left_out(self, rows: Tensor) -> Bool[Tensor, "r c"]:
         """What the loss leaves out of a row without a guide: known positives too."""

@@ -127,7 +127,8 @@ def _with_nulls(value: Any, path: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
         return {key: _with_nulls(inner, (*path, key)) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_with_nulls(item, path) for item in value]
+        items = [_with_nulls(item, path) for item in value]
+        return None if items == [None] and "columns" in path else items
     was_default = value == "" if "prompts" in path else path[-2:] == ("columns", value)
     return None if was_default else value
 
