@@ -26,7 +26,6 @@ from loss_stage import embeddings
 from sides import SHAPES, Ours, Setting, Shape, Theirs, load_rows, pair_batch, random_encoder
 
 from gist_dist.config import LossConfig
-from gist_dist.core import loss as loss_module
 from gist_dist.core.candidates import row_blocks
 from gist_dist.core.device import prepare_cuda
 from gist_dist.core.gradcache import ActivationBudget
@@ -399,7 +398,7 @@ class Run:
                 spent[1] += 1
             elif event.name.startswith(("cuda", "cuLaunch")):
                 calls[event.name] = calls.get(event.name, 0) + 1
-        top = sorted(kernels.items(), key=lambda item: -item[1][0])[:14]
+        top = sorted(kernels.items(), key=lambda item: -item[1][0])[:40]
         told = {
             "case": "profile", "rows": n, "wall_s": wall, "device_ms": sum(v[0] for v in kernels.values()),
             "kernels": sum(v[1] for v in kernels.values()), "phases": result.seconds,
@@ -416,17 +415,8 @@ class Run:
         return student, guide.half().float(), pair_batch(n).to(torch.device(self.device))
 
     def variants(self, student: torch.Tensor, guide: torch.Tensor, batch: Any) -> dict[str, Callable[[], Any]]:
-        config, n = LossConfig(), batch.num_rows
+        config = LossConfig()
         blocks = row_blocks(batch, config, 2e9)
-        wide = [range(i, min(i + 1024, n)) for i in range(0, n, 1024)]
-
-        def plain(slice_size: int, blocks: Any) -> Any:
-            before = loss_module.SLICES[self.device]
-            loss_module.SLICES[self.device] = slice_size
-            try:
-                return gist_loss(student, guide, batch, blocks, config, kernel=False)
-            finally:
-                loss_module.SLICES[self.device] = before
 
         def kernel(guide: torch.Tensor, precision: str = "highest") -> Any:
             torch.set_float32_matmul_precision(precision)
@@ -435,7 +425,7 @@ class Run:
             finally:
                 torch.set_float32_matmul_precision("highest")
 
-        sides = {"plain": partial(plain, 1024, blocks), "plain, wide": partial(plain, 1 << 20, wide)}
+        sides = {"plain": partial(gist_loss, student, guide, batch, blocks, config)}
         if self.device == "cuda":
             half = guide.half()
             sides |= {
