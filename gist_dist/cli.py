@@ -410,7 +410,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     config = _recipe(arguments)
     from gist_dist.live import live_view
     from gist_dist.on_ray.driver import Stopped
-    from gist_dist.on_ray.sweep import load_sweep, sweep
+    from gist_dist.on_ray.sweep import sweep
+    from gist_dist.on_ray.sweep_plan import load_sweep
 
     over = load_sweep(arguments.over)
     print(f"gist_dist {__version__}: {config.name} over {over.name}", file=sys.stderr, flush=True)

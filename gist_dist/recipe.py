@@ -84,31 +84,39 @@ def _apply_override(tree: dict[Any, Any], override: str) -> None:
         value = text
     if isinstance(value, str):
         value = _number(value)
+    set_value(tree, key, value, f"override {SHORT.repr(override)}")
+
+
+def set_value(tree: dict[Any, Any], key: str, value: Any, wanted_by: str) -> None:
+    """Put a value at a dotted key of a recipe's tree; sections on the way that are not there are made.
+
+    wanted_by: begins the UserError for a key below something that has none, or beyond the end of a list.
+    """
     node: Any = tree
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
-        node = _child(node, part, ".".join(parents[: depth + 1]), override)
+        node = _child(node, part, ".".join(parents[: depth + 1]), wanted_by)
     if isinstance(node, list):
-        node[_index(node, last, override)] = value
+        node[_index(node, last, wanted_by)] = value
     else:
         node[last] = value
 
 
-def _child(node: Any, part: str, path: str, override: str) -> Any:
+def _child(node: Any, part: str, path: str, wanted_by: str) -> Any:
     if isinstance(node, list):
-        child = node[_index(node, part, override)]
+        child = node[_index(node, part, wanted_by)]
     else:
         if node.get(part) is None:
             node[part] = {}
         child = node[part]
     if not isinstance(child, dict | list):
-        raise UserError(f"override {SHORT.repr(override)}: {path} is {SHORT.repr(child)}, which has no keys")
+        raise UserError(f"{wanted_by}: {path} is {SHORT.repr(child)}, which has no keys")
     return child
 
 
-def _index(node: list[Any], part: str, override: str) -> int:
+def _index(node: list[Any], part: str, wanted_by: str) -> int:
     if not (part.isascii() and part.isdigit() and len(part) < 10) or int(part) >= len(node):
-        raise UserError(f"override {SHORT.repr(override)}: {SHORT.repr(part)} is no index of a list of {len(node)}")
+        raise UserError(f"{wanted_by}: {SHORT.repr(part)} is no index of a list of {len(node)}")
     return int(part)
 
 

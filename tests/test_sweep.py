@@ -12,7 +12,8 @@ from tiny import recipe, save_tiny_model, words, write_jsonl
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.config import RunConfig
-from gist_dist.on_ray.sweep import SweepConfig, check_sweep, load_sweep, plan_choices, plan_trials, settings_of
+from gist_dist.on_ray.sweep import check_sweep
+from gist_dist.on_ray.sweep_plan import SweepConfig, load_sweep, plan_choices, plan_trials, settings_of
 from gist_dist.recipe import parse_config, parse_section
 from gist_dist.report.run import Run, TaskRow
 from gist_dist.report.sweep import Trial, sweep_of, value_of
