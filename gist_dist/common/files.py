@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,18 @@ def write_atomically(file: Path, write: Callable[[Path], Any]) -> None:
 def write_text(file: Path, text: str) -> None:
     """UTF-8, atomically."""
     write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """In place of what is there: written aside, and renamed once it is whole. What a kill has left is no hindrance."""
+    aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    write(aside)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sealed(tree: dict[str, Any]) -> bytes:

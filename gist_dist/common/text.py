@@ -1,6 +1,8 @@
 """Numbers and texts as people read them: on the page, in warnings, in the log and on the terminal."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 SHORT = reprlib.Repr()  # a few kilobytes of YAML aliases can stand for gigabytes
@@ -24,6 +26,17 @@ def listed(items: list[Any], limit: int = 5) -> str:
     """a, b, c and 7 more."""
     named = ", ".join(str(item) for item in items[:limit])
     return named if len(items) <= limit else f"{named} and {len(items) - limit:,} more"
+
+
+def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """At most three of the known names that are spelled alike, whatever their case; the closest first."""
+    by_lower_case = {one.lower(): one for one in known}
+    return [by_lower_case[one] for one in difflib.get_close_matches(name.lower(), by_lower_case, 3, cutoff)]
+
+
+def did_you_mean(names: list[str]) -> str:
+    """The end of a sentence; empty where nothing is near."""
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def one_line(error: object, limit: int = 300) -> str:

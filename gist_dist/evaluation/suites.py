@@ -3,7 +3,6 @@
 A benchmark is one of MTEB's, or ``local_tasks/NAME.yaml`` with ``tasks: [...]`` of its own.
 """
 
-import difflib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from gist_dist.common.errors import UserError
 from gist_dist.common.files import write_text
 from gist_dist.common.plain_yaml import load_plain
-from gist_dist.common.text import one_line, plural
+from gist_dist.common.text import did_you_mean, near, one_line, plural
 from gist_dist.config import HELD_OUT, EvaluateConfig, RunConfig
 from gist_dist.evaluation.local_sets import listed
 from gist_dist.evaluation.names import SUITES, TaskName, parse_task
@@ -139,11 +138,9 @@ def _part_that_it_scores(task: Any) -> TaskName:
 
 
 def _unknown_benchmark(name: str, known: list[str], local_tasks: str | None) -> str:
-    by_lower_case = {each.lower(): each for each in known}
-    close = [by_lower_case[each] for each in difflib.get_close_matches(name.lower(), by_lower_case, n=3, cutoff=0.5)]
     where = f", and there is no {Path(local_tasks) / name}.yaml" if local_tasks else ""
-    near = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"evaluate.benchmark: {name!r}: MTEB has no benchmark of that name{where}{near}"
+    hint = did_you_mean(near(name, known, cutoff=0.5))
+    return f"evaluate.benchmark: {name!r}: MTEB has no benchmark of that name{where}{hint}"
 
 
 # ------------------------------------------------------------------------------------------------- languages
@@ -156,9 +153,8 @@ def _check_language(code: str) -> None:
     if code.split("-")[0] in ISO_TO_LANGUAGE:
         return
     names = {name.lower(): iso for iso, name in ISO_TO_LANGUAGE.items()}
-    close = [names[code.lower()]] if code.lower() in names else difflib.get_close_matches(code, ISO_TO_LANGUAGE, n=3)
-    near = f"; did you mean {' or '.join(close)}?" if close else ""
-    raise UserError(f"evaluate.languages: {code!r} is no code of a language (ISO 639-3, such as deu){near}")
+    hint = did_you_mean([names[code.lower()]] if code.lower() in names else near(code, ISO_TO_LANGUAGE))
+    raise UserError(f"evaluate.languages: {code!r} is no code of a language (ISO 639-3, such as deu){hint}")
 
 
 def _in_languages(written: str, evaluate: EvaluateConfig, or_none: bool) -> Any:

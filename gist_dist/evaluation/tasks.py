@@ -2,11 +2,10 @@
 of it the parts that the name says (names.py).
 
 A folder ``local_tasks/<Name>`` is read instead of the Hub if Name is registered; otherwise it is an evaluation set of
-the user's (evaluation_sets.py).
+the user's (local_sets.py).
 """
 
 import contextlib
-import difflib
 import hashlib
 import math
 import os
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.storage import copies_folder
-from gist_dist.common.text import one_line
+from gist_dist.common.text import did_you_mean, near, one_line
 from gist_dist.config import HELD_OUT, EvaluateConfig
 from gist_dist.evaluation.local_sets import check_column, listed, own_task
 from gist_dist.evaluation.names import TaskName, parse_task
@@ -85,9 +84,8 @@ def _check_part(wanted: TaskName) -> None:
     ):
         for each in given:
             if each not in known:
-                close = difflib.get_close_matches(each, known, n=3)
-                has = f"did you mean {' or '.join(close)}?" if close else f"it has {listed(known)}"
-                raise UserError(f"evaluate.tasks: {wanted.name} has no {kind} {each!r}; {has}")
+                hint = did_you_mean(near(each, known)) or f"; it has {listed(known)}"
+                raise UserError(f"evaluate.tasks: {wanted.name} has no {kind} {each!r}{hint}")
 
 
 def _part_of_registered(wanted: TaskName) -> "AbsTask":
@@ -162,9 +160,7 @@ def _unknown_task(name: str, local_tasks: str | None) -> str:
     if local_tasks is not None:
         names += [f.name for f in Path(local_tasks).expanduser().glob("*") if f.is_dir()]
         where += f", and '{local_tasks}' no such folder"
-    by_lower_case = {n.lower(): n for n in names}
-    close = [by_lower_case[n] for n in difflib.get_close_matches(name.lower(), by_lower_case, n=3)]
-    return f"evaluate.tasks: '{name}': {where}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    return f"evaluate.tasks: '{name}': {where}{did_you_mean(near(name, names))}"
 
 
 def data_revision(folder: Path) -> str:

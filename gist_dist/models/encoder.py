@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gist_dist.common.errors import UserError
+from gist_dist.common.files import write_folder
 from gist_dist.common.stock_model import NO_LIMIT, Adopted, Prompts, adopted, prompts_of
 from gist_dist.config import GuideConfig, RolePrompts, RunConfig, StudentConfig
 from gist_dist.core.gradcache import make_sparse
@@ -425,14 +426,12 @@ def kept_prompts(student: Student, config: RunConfig | None) -> Adopted:
 def save_model(student: Student, folder: Path, config: RunConfig | None = None) -> None:
     """Written aside, loaded again and compared, and renamed, so that a model folder is always whole and embeds as it
     was trained. UserError where it doesn't."""
-    aside, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    student.save(aside, config)
-    check_saved(student, aside, student.prompts_with(config.prompts_to_keep if config else None))
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+
+    def write(aside: Path) -> None:
+        student.save(aside, config)
+        check_saved(student, aside, student.prompts_with(config.prompts_to_keep if config else None))
+
+    write_folder(folder, write)
 
 
 class Guide(Encoder):

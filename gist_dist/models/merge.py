@@ -1,13 +1,12 @@
 """`gist-dist merge`: one model of several fine-tunes of a common ancestor, by sentence-transformers and mergekit."""
 
-import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_text
+from gist_dist.common.files import write_folder, write_text
 from gist_dist.common.text import one_line
 from gist_dist.models.folder import what_is_wrong
 
@@ -51,12 +50,13 @@ def merge_models(
         )
     except (ValueError, TypeError, KeyError, OSError, NotImplementedError) as error:
         raise UserError(f"{', '.join(models)} can't be merged by {method}: {one_line(error)}") from error
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+
+    def write(aside: Path) -> None:
         merged.save(str(aside), create_model_card=False)
         write_text(aside / "README.md", _card(models, method, options, base))
-        aside.rename(output)
+
+    try:
+        write_folder(output, write)
     except OSError as error:
         raise UserError(f"--output {output}: can't be written: {error.strerror or error}") from None
     return output

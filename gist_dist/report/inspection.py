@@ -1,12 +1,11 @@
 """The page of `gist-dist inspect`, and the same in numbers beside it."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.report.page import ROLES, render
 from gist_dist.report.plots import BLOCKS
 
@@ -18,11 +17,7 @@ def write_inspection(contents: dict[str, Any], page: Path) -> list[str]:
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         for file, text in ((page, html), (page.with_suffix(".json"), numbers)):
-            write_atomically(file, partial(_write, text))
+            write_text(file, text)
     except OSError as error:
         raise UserError(f"--out {page}: can't be written: {error.strerror}") from None
     return [f"page     {page}", f"numbers  {page.with_suffix('.json')}"]
-
-
-def _write(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")

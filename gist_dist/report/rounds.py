@@ -3,12 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.common.text import plain, signed, text_table
 from gist_dist.report.page import render
 from gist_dist.report.run import Run, difference, jsonable, read_run
@@ -45,7 +44,7 @@ def write_rounds(folders: Sequence[Folder], page: Path) -> Rounds:
     }
     try:
         for file, text in texts.items():
-            write_atomically(file, partial(_write, text))
+            write_text(file, text)
     except OSError as error:
         raise UserError(f"{page}: the page can't be written: {error}") from None
     return Rounds(contents, page)
@@ -104,7 +103,3 @@ def _headline(students: list[dict[str, Any]]) -> str:
 
 def _text(points: float | None) -> str:
     return "-" if points is None else f"{points:.2f}"
-
-
-def _write(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")

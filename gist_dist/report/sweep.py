@@ -3,13 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from gist_dist.common.errors import UserError
-from gist_dist.common.files import write_atomically
+from gist_dist.common.files import write_text
 from gist_dist.common.text import duration, plain, plural, signed, text_table
 from gist_dist.report.page import render
 from gist_dist.report.plots import LINES, contrast_plot, overlay_plots
@@ -79,7 +78,7 @@ def write_sweep(
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
-            write_atomically(file, partial(_write, text))
+            write_text(file, text)
     except OSError as error:
         raise UserError(f"{page}: the page can't be written: {error}") from None
     return Sweep(contents, page)
@@ -249,7 +248,3 @@ def _distinct(environments: list[dict[str, Any]], key: str) -> list[str]:
 
 def _points(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _write(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")

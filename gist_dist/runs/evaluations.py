@@ -13,13 +13,14 @@ import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from pydantic import Field, TypeAdapter
 
-from gist_dist.common.files import write_text
+from gist_dist.common.files import write_folder, write_text
 from gist_dist.common.untrusted import Number, Shape, load_plain_json, problem
 from gist_dist.config import EvaluateConfig
 
@@ -164,20 +165,9 @@ def adopt_best(run_dir: Path, verdict: Verdict, last: int) -> None:
         return
     source = model_of(run_dir, last)
     if verdict.best != last and not aside.is_dir():
-        _copy(source if source.is_dir() else model, aside)
+        write_folder(aside, partial(shutil.copytree, source if source.is_dir() else model))
     if model_of(run_dir, verdict.best).is_dir():
-        _copy(model_of(run_dir, verdict.best), model)
-
-
-def _copy(source: Path, folder: Path) -> None:
-    """In place of what is there."""
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        write_folder(model, partial(shutil.copytree, model_of(run_dir, verdict.best)))
 
 
 def remove_models(run_dir: Path, keep: set[int | None]) -> None:
