@@ -7,11 +7,18 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gist_dist.config import LossConfig
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 TIE = 2e-6
 """By more than this a candidate has to be closer to the guide than the positive, to be a false negative."""
@@ -128,3 +135,27 @@ def _cosines(student: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
     """Of pairs of texts, to be differentiated."""
     queries, texts = zip(*pairs, strict=True) if pairs else ((), ())
     return (student[list(queries)] * student[list(texts)]).sum(dim=1)
+
+
+def embedded_by_stock_models(
+    student: Path, guide: Path | None, texts: list[str]
+) -> tuple["SentenceTransformer", Tensor, Tensor | None, list[tuple[int, ...]]]:
+    """By sentence-transformers alone: the student in fp64, its embeddings of the texts, the guide's as the cache keeps
+    them, and the texts' token ids."""
+    from sentence_transformers import SentenceTransformer
+
+    trained = SentenceTransformer(str(student), device="cpu").double().eval()
+    features = trained.preprocess(texts)
+    identity = [tuple(ids) for ids in features["input_ids"].tolist()]
+    embeddings = F.normalize(trained(features)["sentence_embedding"], dim=-1)
+    if guide is None:
+        return trained, embeddings, None, identity
+    frozen = SentenceTransformer(str(guide), device="cpu").double().eval()
+    with torch.no_grad():
+        guided = F.normalize(frozen(frozen.preprocess(texts))["sentence_embedding"], dim=-1)
+        return trained, embeddings, F.normalize(guided.half().double(), dim=-1), identity
+
+
+def gradients_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """The gradients that a backward pass has left."""
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}

@@ -10,16 +10,16 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from reference import Row, reference_loss
+from reference import Row, embedded_by_stock_models, gradients_of, reference_loss
 from safetensors.numpy import load_file
 from tiny import double, one_step, prepared, recipe, run_group, save_tiny_model, wait_for, words, write_jsonl
-from torch.nn import functional as F
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import StudentConfig
@@ -192,40 +192,22 @@ def stage(tmp_path_factory) -> Stage:
 @pytest.fixture(scope="module")
 def expected(stage):
     """The reference's loss, gradients and counts, by setting; texts come from the rows, not from a corpus."""
-    known = {}
-
-    def reference(setting: Setting) -> tuple[float, dict[str, np.ndarray], Counter]:
-        if setting not in known:
-            known[setting] = reference_step(stage, setting)
-        return known[setting]
-
-    return reference
+    return cache(partial(reference_step, stage))
 
 
 def reference_step(stage: Stage, setting: Setting) -> tuple[float, dict[str, np.ndarray], Counter]:
-    from sentence_transformers import SentenceTransformer
-
     config = parse_config(stage.tree(setting))
     rows = stage.rows[setting[0]]
     texts = sorted({text for row in rows for text in (row["anchor"], row["positive"], *row.get("negatives", ()))})
     number = {text: i for i, text in enumerate(texts)}
-    student = SentenceTransformer(str(stage.student), device="cpu").double().eval()
-    features = student.preprocess(texts)
-    identity = [tuple(ids) for ids in features["input_ids"].tolist()]
-    embeddings = F.normalize(student(features)["sentence_embedding"], dim=-1)
-    guide_embeddings = None
-    if setting[1]:
-        guide = SentenceTransformer(str(stage.guide), device="cpu").double().eval()
-        with torch.no_grad():
-            guide_embeddings = F.normalize(guide(guide.preprocess(texts))["sentence_embedding"], dim=-1)
-            guide_embeddings = F.normalize(guide_embeddings.half().double(), dim=-1)  # as the cache keeps them
+    guide = stage.guide if setting[1] else None
+    student, embeddings, guide_embeddings, identity = embedded_by_stock_models(stage.student, guide, texts)
     numbered = [
         Row(number[r["anchor"]], number[r["positive"]], tuple(number[n] for n in r.get("negatives", ()))) for r in rows
     ]
     loss, counts = reference_loss(numbered, embeddings, guide_embeddings, identity, config.loss)
     loss.backward()
-    gradients = {name: p.grad.numpy() for name, p in student.named_parameters() if p.grad is not None}
-    return loss.item(), gradients, counts
+    return loss.item(), gradients_of(student), counts
 
 
 def assert_equal_gradients(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:

@@ -5,16 +5,15 @@ against the reference, which is told of the rules from the rows as they were wri
 
 import random
 from collections import Counter
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from reference import Row, reference_loss
+from reference import Row, embedded_by_stock_models, gradients_of, reference_loss
 from test_law import MACHINERY, assert_equal_gradients
 from tiny import double, one_step, prepared, recipe, run_group, save_tiny_model, words, write_jsonl
-from torch.nn import functional as F
 
 from gist_dist.config import RunConfig
 from gist_dist.core.collectives import World
@@ -140,24 +139,14 @@ def run_steps(world: World, jobs: list[tuple[dict[str, Any], str]]) -> list[dict
 
 
 def expected_of(stage: Stage, name: str) -> tuple[float, dict[str, np.ndarray], Counter]:
-    from sentence_transformers import SentenceTransformer
-
     config, corpus = parse_config(stage.tree(name)), Corpus(stage.corpus(name))
     batch = batch_of(config, corpus)
     chosen = [(int(s), int(n)) for s, n in zip(corpus.source[batch], corpus.number[batch], strict=True)]
     every = [(s, row) for s, rows in enumerate(stage.rows) for row in rows]
     texts = sorted({t for _, row in every for t in (row["anchor"], *row["positive"], *row["negatives"])})
     number = {text: i for i, text in enumerate(texts)}
-    student = SentenceTransformer(str(stage.student), device="cpu").double().eval()
-    features = student.preprocess(texts)
-    identity = [tuple(ids) for ids in features["input_ids"].tolist()]
-    embeddings = F.normalize(student(features)["sentence_embedding"], dim=-1)
-    guide_embeddings = None
-    if config.guide:
-        guide = SentenceTransformer(str(stage.guide), device="cpu").double().eval()
-        with torch.no_grad():
-            guide_embeddings = F.normalize(guide(guide.preprocess(texts))["sentence_embedding"], dim=-1)
-            guide_embeddings = F.normalize(guide_embeddings.half().double(), dim=-1)
+    guide = stage.guide if config.guide else None
+    student, embeddings, guide_embeddings, identity = embedded_by_stock_models(stage.student, guide, texts)
 
     def identity_of(text: str) -> tuple[int, ...]:
         return identity[number[text]]
@@ -187,7 +176,7 @@ def expected_of(stage: Stage, name: str) -> tuple[float, dict[str, np.ndarray], 
     loss, counts = reference_loss(rows, embeddings, guide_embeddings, identity, losses, known, groups)
     loss.backward()
     counts["rows_of_several"] = sum(bool(row.further) for row in rows)
-    return loss.item(), {n: p.grad.numpy() for n, p in student.named_parameters() if p.grad is not None}, counts
+    return loss.item(), gradients_of(student), counts
 
 
 def groups_of(pairs, has_labels, every, identity_of, identity) -> list[int]:
@@ -211,14 +200,7 @@ def stage(tmp_path_factory) -> Stage:
 
 @pytest.fixture(scope="module")
 def expected(stage):
-    known = {}
-
-    def reference(name: str) -> tuple[float, dict[str, np.ndarray], Counter]:
-        if name not in known:
-            known[name] = expected_of(stage, name)
-        return known[name]
-
-    return reference
+    return cache(partial(expected_of, stage))
 
 
 @pytest.mark.parametrize("name", RULES)

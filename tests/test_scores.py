@@ -210,7 +210,7 @@ def test_rows_that_all_mean_the_same_can_not_be_held_out(tmp_path, models):
 
 def test_the_evaluation_set_asks_for_the_members_of_the_clusters(tmp_path, models):
     config, corpus = held_out(tmp_path, models)
-    write_evaluation_set(config, corpus, tmp_path / "held_out")
+    write_evaluation_set(corpus, held_out_rows(config, corpus), tmp_path / "held_out")
 
     def read(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (tmp_path / "held_out" / f"{name}.jsonl").read_text().splitlines()]
@@ -497,7 +497,7 @@ def test_a_kill_within_an_evaluation_costs_only_what_was_not_done(stopped_early,
 def test_a_set_that_fails_is_told_and_ends_nothing(ray_session, tmp_path, models, caplog):
     config = overfitting(tmp_path, models, "fails", evaluate={"every_steps": 1, "during": ["STSBenchmark", "held_out"]})
     inputs, corpus = inputs_of(config)
-    write_evaluation_set(config, corpus, config.run_dir / "held_out")
+    write_evaluation_set(corpus, held_out_rows(config, corpus), config.run_dir / "held_out")
     shutil.copytree(models[0], model_of(config.run_dir, 3))
     with ScoresWhileTraining(config, inputs, ray_session, on_stop=lambda: None) as scores:
         scores.finish()

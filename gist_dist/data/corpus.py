@@ -157,9 +157,14 @@ class Corpus:
 
     @cached_property
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Anchor and positive of every row, and then again the anchor with each further positive."""
-        anchors = np.repeat(self.anchors, self.num_further)
-        return np.concatenate([self.anchors, anchors]), np.concatenate([self.positives, self._further])
+        """Those of all rows."""
+        return self.pairs_of(np.arange(self.num_rows))
+
+    def pairs_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Anchor and positive of each of these rows, and then again the anchor with each further positive."""
+        anchors = self.anchors[rows]
+        again = np.repeat(anchors, self.num_further[rows])
+        return np.concatenate([anchors, again]), np.concatenate([self.positives[rows], self.further_of(rows)])
 
     @cached_property
     def num_own_negatives(self) -> np.ndarray:

@@ -60,18 +60,16 @@ def row_clusters(corpus: "Corpus") -> tuple[Int[np.ndarray, " r"], Int[np.ndarra
     return cluster, np.bincount(cluster)
 
 
-def write_evaluation_set(config: RunConfig, corpus: "Corpus", folder: Path) -> None:
+def write_evaluation_set(corpus: "Corpus", rows: Int[np.ndarray, " h"], folder: Path) -> None:
     """The held-out rows as a retrieval set: each anchor is asked for the positives of its cluster, among the positives
     of all held-out rows. A text that differs from the query alone counts: one that is it is no finding."""
-    rows = held_out_rows(config, corpus)
     cluster = row_clusters(corpus)[0][rows]
     queries = _distinct(corpus, corpus.anchors[rows], cluster)
     positives = np.concatenate([corpus.positives[rows], corpus.further_of(rows)])
     documents = _distinct(corpus, positives, np.concatenate([cluster, np.repeat(cluster, corpus.num_further[rows])]))
     members: dict[int, list[str]] = {}
-    for text, (name, of) in documents.items():
+    for name, of in documents.values():
         members.setdefault(of, []).append(name)
-        documents[text] = name, of
     relevant, asked = list[str](), list[str]()
     for text, (name, of) in queries.items():
         own = documents.get(text, ("", 0))[0]

@@ -179,10 +179,8 @@ def plan_corpus_search(corpus: "Corpus", options: MineOptions, rows: np.ndarray 
     same[texts] = same_texts(corpus.identity[texts], corpus.guide_keys[texts, 0].view(np.int64), contents)
     rows = np.arange(corpus.num_rows) if rows is None else rows
     negatives, counts = corpus.own_negatives_of(rows), corpus.num_own_negatives[rows]
-    further, num_further = corpus.further_of(rows), corpus.num_further[rows]
-    anchors = np.concatenate([corpus.anchors[rows], np.repeat(corpus.anchors[rows], num_further)])
-    positives = np.concatenate([corpus.positives[rows], further])
-    counts = np.concatenate([counts, np.zeros(len(further), counts.dtype)])  # a row's negatives count once
+    anchors, positives = corpus.pairs_of(rows)
+    counts = np.concatenate([counts, np.zeros(len(anchors) - len(rows), counts.dtype)])  # a row's negatives count once
     return plan_search(anchors, positives, negatives, counts, same, options)
 
 

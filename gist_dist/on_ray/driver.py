@@ -1,14 +1,13 @@
 """`gist-dist train`: check, prepare, train on Ray, evaluate on the freed workers, report."""
 
 import logging
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.events import phase
-from gist_dist.common.signals import stop_requests
+from gist_dist.common.signals import StopRequests, stop_requests
 from gist_dist.common.text import plural
 from gist_dist.config import HELD_OUT, RunConfig
 from gist_dist.data.corpus import PREPARING, Corpus
@@ -31,7 +30,7 @@ from gist_dist.on_ray.tasks.prepare import prepare_on_ray
 from gist_dist.on_ray.tasks.scores import ScoresWhileTraining
 from gist_dist.on_ray.tasks.triplets import resolve_classification
 from gist_dist.on_ray.train.fit import fit
-from gist_dist.on_ray.train.messages import STOP, post
+from gist_dist.on_ray.train.messages import STOP, post, withdraw
 from gist_dist.on_ray.train.worker import RunInputs
 from gist_dist.planning.outline import outline
 from gist_dist.report import Summary, build_report
@@ -41,7 +40,7 @@ from gist_dist.report.publish import check_hub, push_model
 from gist_dist.runs.evaluations import adopt_best, read_evaluations, remove_all_models, verdict_so_far
 from gist_dist.runs.folder import RunFolder
 from gist_dist.runs.lock import RunLock, locked
-from gist_dist.runs.metrics_file import METRICS, add_evaluations, evaluation_lines
+from gist_dist.runs.metrics_file import METRICS, add_evaluations
 from gist_dist.training.snapshots import evaluation_steps
 from gist_dist.training.trackers import check_trackers, track_evaluations, track_scores
 
@@ -102,30 +101,42 @@ def _train(
 
     Stopped where it was asked to stop. What is done stays done, and the next call does the rest.
     """
-    with stop_requests() as requests, ExitStack() as ends:
-        scores = None
-        if config.watched:
-            early = partial(post, run.folder, STOP)
-            scores = ends.enter_context(ScoresWhileTraining(config, inputs, resources, early))
-
-        def check() -> None:
-            lock.check()
-            if scores and requests.requested:
-                raise Stopped(f"trained, and stopped before all steps were scored, {run.folder}")
-
-        if verdict_so_far(run.folder, config.evaluate).stop is None:
-            outcome = fit(config, inputs, resources, requests, lock.check, bool(scores and scores.share.waits))
-            ended_early = scores is not None and scores.stopped_after is not None
-            if scores and scores.error and outcome == "stopped":
-                raise scores.error
-            if outcome == "stopped" and not ended_early:
-                raise Stopped(f"stopped with a checkpoint, {run.folder}")
-        if scores:
-            scores.finish(check)
+    with stop_requests() as requests:
+        if verdict_so_far(run.folder, config.evaluate).stop is None:  # else an earlier command got so far
+            _train_and_score(config, run, inputs, resources, lock, requests)
         last = _adopt_best(config, run, num_steps)
         run.mark_trained(last)
         if requests.requested:
             raise Stopped(f"trained, and stopped before evaluation and report, {run.folder}")
+
+
+def _train_and_score(
+    config: RunConfig,
+    run: RunFolder,
+    inputs: RunInputs,
+    resources: dict[str, float],
+    lock: RunLock,
+    requests: StopRequests,
+) -> None:
+    """Until training has ended and all steps that were kept for it are scored. Stopped where that was asked for."""
+    stopped = Stopped(f"stopped with a checkpoint, {run.folder}")
+    if not config.watched:
+        if fit(config, inputs, resources, requests, lock.check) == "stopped":
+            raise stopped
+        return
+
+    def check() -> None:
+        lock.check()
+        if requests.requested:
+            raise Stopped(f"trained, and stopped before all steps were scored, {run.folder}")
+
+    end_early = partial(post, run.folder, STOP)
+    with ScoresWhileTraining(config, inputs, resources, end_early) as scores:
+        outcome = fit(config, inputs, resources, requests, lock.check, scores.share.waits)
+        if outcome == "stopped" and scores.stopped_after is None:
+            raise scores.error or stopped
+        scores.finish(check)
+    withdraw(run.folder, STOP)  # of scores that ended the run when it had ended anyway
 
 
 def _adopt_best(config: RunConfig, run: RunFolder, num_steps: int) -> int:
@@ -134,10 +145,8 @@ def _adopt_best(config: RunConfig, run: RunFolder, num_steps: int) -> int:
     last = num_steps if verdict.stop is None else verdict.stop
     adopt_best(run.folder, verdict, last)
     remove_all_models(run.folder)
-    lines = [evaluation.line() for evaluation in evaluations]
-    known = {line["step"] for line in evaluation_lines(run.folder / METRICS)}
-    add_evaluations(run.folder / METRICS, lines)
-    track_evaluations(config, [line for line in lines if line["step"] not in known])
+    untold = add_evaluations(run.folder / METRICS, [evaluation.line() for evaluation in evaluations])
+    track_evaluations(config, untold)
     if verdict.stop is not None:
         without = plural(config.evaluate.stop_after or 0, "evaluation")
         logger.info("training ended after step %d: %s without a gain in %s", last, without, config.evaluate.keep_best)
@@ -202,7 +211,7 @@ def prepare_run(config: RunConfig, run: RunFolder) -> tuple[Prepared, int]:
     run.create(config)  # not before: a mistake in the recipe's data can then be fixed under the same name
     run.write_data_summary(data_summary(corpus, sampler))
     if len(sampler.held_out):
-        write_evaluation_set(config, corpus, run.folder / HELD_OUT)
+        write_evaluation_set(corpus, sampler.held_out, run.folder / HELD_OUT)
     logger.info("%s", "\n".join(outline(config, prepared.student, prepared.guide, corpus, sampler)))
     return prepared, sampler.num_steps
 

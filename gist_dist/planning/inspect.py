@@ -161,8 +161,7 @@ def _known_clusters(config: RunConfig, corpus: Corpus, number: int) -> tuple[str
         cluster[used] = np.unique(names, return_inverse=True)[1]
         return "labels", cluster
     identity = np.unique(corpus.identity, return_inverse=True)[1]
-    anchors = np.concatenate([corpus.anchors[rows], np.repeat(corpus.anchors[rows], corpus.num_further[rows])])
-    positives = np.concatenate([corpus.positives[rows], corpus.further_of(rows)])
+    anchors, positives = corpus.pairs_of(rows)
     groups = joined_by_pairs([(identity[anchors], identity[positives])], int(identity.max()) + 1)
     cluster = np.unique(groups[identity], return_inverse=True)[1]
     return ("pairs" if np.bincount(cluster[corpus.anchors[rows]]).max() > 1 else None), cluster

@@ -53,12 +53,13 @@ def evaluation_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in map(parse_line, _read(path).splitlines()) if line and EVALUATION in line]
 
 
-def add_evaluations(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Those that are not there yet, once nobody else writes the file."""
+def add_evaluations(path: Path, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add those that are not there yet, once nobody else writes the file; gives them."""
     known = {line["step"] for line in evaluation_lines(path)}
-    missing = "".join(_as_text(line) for line in lines if line["step"] not in known)
+    missing = [line for line in lines if line["step"] not in known]
     if missing:
-        write_text(path, _read(path) + missing)
+        write_text(path, _read(path) + "".join(map(_as_text, missing)))
+    return missing
 
 
 def _read(path: Path) -> str:

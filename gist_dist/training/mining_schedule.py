@@ -9,6 +9,7 @@ part of the anchors, and every row takes what was found. A function of the step:
 
 import logging
 import time
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -34,6 +35,11 @@ class MiningSchedule:
         self.every = mine.every_steps if mine else None
         self._mined: np.ndarray | None = None
 
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """Which are mined for, at every renewal the same."""
+        return minable_rows(self.train_state.config, self.train_state.corpus)
+
     def changes_after(self, step: int) -> bool:
         return self.every is not None and step % self.every == 0 and step < self.num_steps
 
@@ -58,7 +64,7 @@ class MiningSchedule:
             time.monotonic(),
         )
         assert config.data.mine is not None
-        options, rows = options_of(config.data.mine), minable_rows(config, corpus)
+        options, rows = options_of(config.data.mine), self._rows
         search = plan_corpus_search(corpus, options, rows)
         texts = np.unique(np.concatenate([search.anchors, search.positives, search.pool]))
         vectors = self._encode(texts)

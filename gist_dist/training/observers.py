@@ -32,7 +32,7 @@ class Observers:
         self._progress = _StepProgress(num_steps, done)
         self._trackers = Trackers(config, done, must_open=done == 0)  # a week of training outlives a tracker's server
         self._other = other
-        self._run_dir, self._looked = config.run_dir, 0.0
+        self._is_scored, self._run_dir, self._looked = bool(config.watched), config.run_dir, 0.0
         self._told = {line["step"] for line in evaluation_lines(config.run_dir / METRICS)}
 
     def observe(self, line: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Observers:
 
     def _tell_scores(self) -> None:
         """Pass on the scores of steps that the driver has scored meanwhile."""
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        if not self._is_scored or time.monotonic() - self._looked < LOOK_SECONDS:
             return
         for evaluation in read_evaluations(self._run_dir):
             if evaluation.step not in self._told:

@@ -160,14 +160,13 @@ class Trackers:
 
     def log(self, line: dict[str, Any], step: int | None) -> None:
         """line: of metrics.jsonl, or scores. What is no finite number is left out."""
-        values = {name: float(value) for name, value in flat(line, "/") if name != "step" and _is_number(value)}
+        values = _numbers(line)
         self._each(lambda tracker: tracker.log(values, step))
 
     def log_evaluation(self, line: dict[str, Any]) -> None:
         """Scores of an earlier step, as evaluation/scores/STSBenchmark over evaluation/step: Weights & Biases takes no
         values of a step that is past, so that the step is a value too."""
-        step = line["step"]
-        values = {name: float(value) for name, value in flat(line, "/") if name != "step" and _is_number(value)}
+        values, step = _numbers(line), line["step"]
         self._each(lambda tracker: tracker.log_evaluation(values, step))
 
     def close(self) -> None:
@@ -202,6 +201,10 @@ def track_evaluations(config: RunConfig, lines: list[dict[str, Any]]) -> None:
 
 def _wanted(config: RunConfig) -> list[str]:
     return [name for name in TRACKERS if getattr(config.tracking, name)]
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in flat(line, "/") if name != "step" and _is_number(value)}
 
 
 def _is_number(value: Any) -> bool:

@@ -114,6 +114,7 @@ def _train_steps(
             worker_speeds.adopt(largest)
             if observers:
                 _observe(train_state, observers, sampler, batch, result, rate, seconds, largest["memory"])
+            result.scored = None  # its memory is the next step's
             _renew(schedules, step)  # before the checkpoint, which stores what the next step is made with
             request = REQUESTS[int(largest["request"])]
             state.save_if_due(step, request)
@@ -139,7 +140,6 @@ def _observe(
     observers.observe(line)
     if result.scored and not result.non_finite:
         write_masked_examples(config, corpus, batch, result.scored)
-    result.scored = None  # its memory is the next step's
 
 
 def _largest(train_state: RunTrainState, request: str | None, others: dict[str, float]) -> dict[str, float]:
