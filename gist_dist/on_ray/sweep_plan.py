@@ -203,7 +203,7 @@ def plan_one(
 ) -> Planned:
     tree = recipe.model_dump(mode="json")
     for key, value in (over.arms.get(arm, {}) | values | chosen).items():
-        set_value(tree, key, value, f"sweep {over.name}")
+        set_value(tree, key, value, f"sweep {over.name}, {key}")
     tree |= {"seed": seed, "name": _name(recipe.name, over.name, arm, values | chosen, seed)}
     tree["tracking"]["hub"]["repo_id"] = None
     told = label_of(arm, values | chosen) or "the recipe"
