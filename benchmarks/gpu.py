@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,9 +31,13 @@ from gist_dist.core.candidates import row_blocks
 from gist_dist.core.device import prepare_cuda
 from gist_dist.core.gradcache import ActivationBudget
 from gist_dist.core.loss import gist_loss
+from gist_dist.models.compiled import COMPILE
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16, by what the device's name contains."""
+
+COMPILED_ROWS = (4096, 1024, 256)
+"""Rows of the steps that are compiled, by model."""
 
 ACTIVATION_BYTES = 55
 """Of a token, for each layer and unit of width: counted."""
@@ -80,6 +85,7 @@ class Run:
 
     def all(self, pairs: tuple[tuple[str, str], ...]) -> None:
         self.ours: dict[tuple[str, str], Ours] = {}
+        self.settings: dict[tuple[str, str], Setting] = {}
         first, *others = pairs
         sections: list[tuple[str, float, Callable[[], None]]] = [
             ("facts", 15, self.facts),
@@ -87,10 +93,14 @@ class Run:
             ("prepare", 60, lambda: self.prepare(first)),
             ("step correct", 40, lambda: self.step_correct(first)),
             ("step", 80, lambda: self.steps(first, self.arguments.sizes)),
-            ("profile", 20, lambda: self.profile(first)),
+            ("profile", 20, lambda: self.profile(first, sorted(self.arguments.sizes)[-2])),
             *(
                 (f"step {pair[0]}", seconds, partial(self.one_model, pair, 256 if pair[0] == "uae-large" else 1024))
                 for pair, seconds in zip(others, (60, 50), strict=False)
+            ),
+            *(
+                (f"compiled {pair[0]}", 60, partial(self.compiled, pair, n))
+                for pair, n in zip(pairs, COMPILED_ROWS, strict=False)
             ),
             ("loss stage", 40, self.loss_variants),
             ("largest", 60, lambda: self.largest(first)),
@@ -185,7 +195,7 @@ class Run:
         model.load_state_dict(state)
         model.eval()
         ours.student.packs = False
-        ours.student.config = ours.student.config.model_copy(update={"precision": "fp32"})
+        ours.student.precision = "fp32"
         with torch.no_grad():
             exact = ours.student.embed(ours.tokens(n)[1]).double()
         for name, rounded in (("padded", padded), ("packed", packed)):
@@ -202,7 +212,7 @@ class Run:
             model.zero_grad(set_to_none=True)
         told["fp32 gradient against fp64"] = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
         model.to(device=self.device, dtype=torch.float32).train()
-        ours.student.config = ours.student.config.model_copy(update={"precision": "bf16"})
+        ours.student.precision = "bf16"
         model.load_state_dict(state)
         ours.train_state.optimizer.state.clear()
         self.add(told)
@@ -218,10 +228,10 @@ class Run:
     def make(self, pair: tuple[str, str], rows: list[dict[str, str]]) -> Ours:
         folder = self.arguments.work / "models"
         student, guide = (random_encoder(folder / f"made-up-{shape}", SHAPES[shape]) for shape in pair)
-        self.setting = Setting(
+        self.settings[pair] = Setting(
             student, guide, tuple(rows), self.arguments.work, max_tokens=256, precision="bf16", device=self.device
         )
-        self.ours[pair] = ours = Ours(self.setting, packing=True)
+        self.ours[pair] = ours = Ours(self.settings[pair], packing=True)
         self.packing = self.packing and ours.student.packs and ours.guide is not None and ours.guide.packs
         say(f"{pair}: ready; {self.left():.0f} s left")
         self.try_out(ours)
@@ -271,7 +281,7 @@ class Run:
     def steps(self, pair: tuple[str, str], sizes: list[int]) -> None:
         ours = self.ours[pair]
         tokens, kept = self.budgets(SHAPES[pair[0]])
-        theirs = self.theirs(ours, min(sizes))
+        theirs = self.theirs(pair, min(sizes))
         for n in sizes:
             if self.left() < 5:
                 raise TimeoutError(f"{n} rows: no time is left")
@@ -311,10 +321,10 @@ class Run:
             self.claims.append(Claim(what, result["ratio"]["median"]))
         self.add(result)
 
-    def theirs(self, ours: Ours, n: int) -> Theirs:
+    def theirs(self, pair: tuple[str, str], n: int) -> Theirs:
         """At the best of several mini_batch_size."""
-        sizes = self.arguments.mini_batch_sizes
-        theirs, taken = Theirs(self.setting, ours, mini_batch_size=sizes[0]), {}
+        sizes, ours = self.arguments.mini_batch_sizes, self.ours[pair]
+        theirs, taken = Theirs(self.settings[pair], ours, mini_batch_size=sizes[0]), {}
         for size in sizes:
             theirs.loss.mini_batch_size = size
             try:
@@ -350,7 +360,7 @@ class Run:
         ours = self.make(pair, self.rows)
         tokens, kept = self.budgets(SHAPES[pair[0]])
         their_rows = min(their_rows, max(self.arguments.sizes))
-        theirs = self.theirs(ours, their_rows)
+        theirs = self.theirs(pair, their_rows)
         for n in dict.fromkeys((their_rows, min(4096, max(self.arguments.sizes)))):
             side = partial(self.ours_side, ours, n, chunk_tokens=tokens, activation_gb=kept)
             sides = {"ours": side(packing=True), "padded": side(packing=False)}
@@ -361,6 +371,35 @@ class Run:
                 break
         if len(self.ours) > 1:
             del self.ours[pair]
+
+    def compiled(self, pair: tuple[str, str], n: int) -> None:
+        """student.compile and guide.compile against neither; also with dropout that the compiler fuses."""
+        plain, n = self.ours.get(pair) or self.make(pair, self.rows), min(n, max(self.arguments.sizes))
+        tokens, kept = self.budgets(SHAPES[pair[0]])
+        side = partial(self.ours_side, n=n, packing=True, chunk_tokens=tokens, activation_gb=kept)
+        self.profile(pair, n)
+        for fallback in (True, False):
+            torch._dynamo.reset()
+            COMPILE["options"]["fallback_random"] = fallback
+            ours = Ours(replace(self.settings[pair], compile=True), packing=True)
+            name, began = "compiled" if fallback else "compiled, fused dropout", time.monotonic()
+            told: dict[str, Any] = {"case": name, "student": pair[0], "guide": pair[1], "rows": n}
+            calls = {"plain": side(plain), "compiled": side(ours)}
+            losses = {which: call().loss for which, call in calls.items()}
+            told["first_step_s"] = time.monotonic() - began
+            texts = ours.student.inputs(ours.tokens(min(64, n))[1])
+            with torch.no_grad():
+                first = ours.student.encode(texts, dropout_seed=(1, 2))
+            told["dropout repeated"] = torch.equal(first, ours.student.encode(texts, dropout_seed=(1, 2)))
+            second = ours.student.encode(texts, dropout_seed=(1, 2)).detach()
+            told["repeated within"] = (first - second).abs().max().item()
+            samples = interleave(calls, self.repeats, max(1.0, 0.4 * self.left()), device=self.device)
+            told |= {which: taken.told() for which, taken in samples.items()} | {"losses": str(losses)}
+            self.use(ours, True, tokens, kept)
+            self.add(told | self.efficiency(pair, ours, n, samples["compiled"].median))
+        self.ours[pair] = ours
+        self.profile(pair, n)
+        self.ours.pop(pair)
 
     def largest(self, pair: tuple[str, str]) -> None:
         """Doubles the batch until memory, time or rows end."""
@@ -377,9 +416,9 @@ class Run:
                 break
         self.claims.append(Claim("largest step tried on one GPU", n, unit=" rows"))
 
-    def profile(self, pair: tuple[str, str]) -> None:
+    def profile(self, pair: tuple[str, str], n: int) -> None:
         """Where a step's time goes: kernels, launches, waits of the host."""
-        ours, n = self.ours[pair], sorted(self.arguments.sizes)[-2]
+        ours = self.ours[pair]
         tokens, kept = self.budgets(SHAPES[pair[0]])
         call = self.ours_side(ours, n, packing=True, chunk_tokens=tokens, activation_gb=kept)
         call()
@@ -400,7 +439,8 @@ class Run:
                 calls[event.name] = calls.get(event.name, 0) + 1
         top = sorted(kernels.items(), key=lambda item: -item[1][0])[:40]
         told = {
-            "case": "profile", "rows": n, "wall_s": wall, "device_ms": sum(v[0] for v in kernels.values()),
+            "case": "profile", "student": pair[0], "rows": n, "wall_s": wall,
+            "device_ms": sum(v[0] for v in kernels.values()),
             "kernels": sum(v[1] for v in kernels.values()), "phases": result.seconds,
             "calls": calls, "top": {name: [round(ms, 2), times] for name, (ms, times) in top},
         }  # fmt: skip

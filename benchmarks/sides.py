@@ -210,10 +210,12 @@ class Setting:
     dropout: float | None = None
     """null keeps the model's own."""
     device: str = "cpu"
+    compile: bool = False
+    """Ours alone."""
 
     def recipe(self, **sections: Any) -> dict[str, Any]:
         """For gist_dist; sections are added to."""
-        encoder = {"max_tokens": self.max_tokens, "precision": self.precision}
+        encoder = {"max_tokens": self.max_tokens, "precision": self.precision, "compile": self.compile}
         tree: dict[str, Any] = {
             "name": "bench",
             "output_dir": str(self.work),

@@ -15,7 +15,7 @@ from gist_dist.config import GuideConfig, StudentConfig
 from gist_dist.core.collectives import World
 from gist_dist.core.gradcache import ActivationBudget, GradientSums, first_pass, second_pass
 from gist_dist.core.step import TrainState
-from gist_dist.models import encoder
+from gist_dist.models import compiled
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.recipe import parse_config
 
@@ -100,31 +100,33 @@ def test_model_without_gradient_checkpointing_is_refused(model, monkeypatch):
 @pytest.fixture
 def traced_only(monkeypatch):
     """Compiling but for the C++ compiler, which takes minutes."""
-    monkeypatch.setattr(encoder, "COMPILE", {"dynamic": True, "backend": "aot_eager"})
+    monkeypatch.setattr(compiled, "COMPILE", {"dynamic": True, "backend": "aot_eager"})
     torch._dynamo.reset()
     counters.clear()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by Dynamo, of a layer's input
 @pytest.mark.slow
 def test_compiled_student_and_guide_give_the_same_without_compiling_for_every_length(one_layer, traced_only, tmp_path):
-    compiled = student_of(one_layer, compile=True)
+    student = student_of(one_layer, compile=True)
     expected = Outcome(plain_student_of(one_layer), False)
-    assert_same(Outcome(compiled, False), expected, 1e-5)
+    assert_same(Outcome(student, False), expected, 1e-5)
     num_graphs = counters["stats"]["unique_graphs"]
     assert 0 < num_graphs <= 2  # with and without gradients
-    assert_same(Outcome(compiled, True), expected, 1e-5)
+    assert_same(Outcome(student, True), expected, 1e-5)
     texts = [np.arange(5, 5 + length, dtype=np.int32) for length in (12, 7, 3)]
     guides = [Guide(GuideConfig(model=str(one_layer), compile=compile)) for compile in (True, False)]
     for guide in guides:
         guide.get_ready()
     torch.testing.assert_close(*(guide.encode(texts) for guide in guides), rtol=0, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == num_graphs + 1
-    compiled.save(tmp_path / "saved")
+    student.save(tmp_path / "saved")
     again = Student(StudentConfig(model=str(tmp_path / "saved"), dropout=0.2))
     again.dropout = nullcontext()
     assert_same(Outcome(again, False), expected, 0.0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by Dynamo, of a layer's input
 @pytest.mark.slow
 def test_compiled_student_saves_a_stock_model(one_layer, traced_only, tmp_path):
     student = student_of(one_layer, compile=True, gradient_checkpointing=True)

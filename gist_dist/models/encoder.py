@@ -26,6 +26,7 @@ from gist_dist.common.files import write_folder
 from gist_dist.common.stock_model import NO_LIMIT, Adopted, Prompts, adopted, prompts_of
 from gist_dist.config import GuideConfig, RolePrompts, RunConfig, StudentConfig
 from gist_dist.core.gradcache import make_sparse
+from gist_dist.models.compiled import compile_layers
 from gist_dist.models.cpu_dropout import FastDropout
 from gist_dist.models.folder import licence_files
 from gist_dist.models.load import Loaded, load, transformer_of
@@ -51,10 +52,6 @@ TOKENIZER_PROBES = (
 
 WORD_MARKS = ("▁", "Ġ")
 """How vocabularies spell the bare beginning of a word."""
-
-
-COMPILE = {"dynamic": True, "options": {"fallback_random": True}}
-"""One graph for all lengths. Dropout from torch's own generator: the second encode has to repeat the first one's."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ class Encoder:
         if self.config.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
             raise UserError(f"{section}.compile needs a C++ compiler and there is none; install g++ or leave it out")
         if self.config.compile:
-            self.model.compile(**COMPILE)
+            compile_layers(self.model)
         self.packs = (
             packing and not self.config.attention and can_pack(self.model, self.config.precision == "bf16", self.device)
         )
@@ -337,10 +334,9 @@ class Student(Encoder):
             (newer_name or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
         is_traced = config.compile or config.gradient_checkpointing
         self.dropout = nullcontext() if is_traced or self.device.type != "cpu" else FastDropout()
-        if not config.compile:  # which knows no sparse gradients
-            for module in transformer.modules():
-                if isinstance(module, nn.Embedding) and module.num_embeddings == transformer.config.vocab_size:
-                    make_sparse(module)
+        for module in transformer.modules():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == transformer.config.vocab_size:
+                make_sparse(module)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from gist_dist.common.errors import UserError
 from gist_dist.common.text import one_line
+from gist_dist.models.compiled import not_compiled
 from gist_dist.models.load import cause_of
 
 if TYPE_CHECKING:
@@ -99,16 +100,15 @@ def check_saved(student: "Student", folder: Path, prompts: Mapping[str, str]) ->
 def _exactly(encoder: "Encoder") -> Iterator[float]:
     """In fp32, without dropout and not compiled; gives the bound of what counts as the same."""
     model: Any = encoder.model
-    before = model.training, encoder.precision, model._compiled_call_impl
+    before = model.training, encoder.precision
     if encoder.config.attention != "flash_attention_2":  # which has no fp32
         encoder.precision = "fp32"
     model.eval()
-    model._compiled_call_impl = None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), not_compiled(model):
             yield DIFFERENT_IN_BF16 if encoder.precision == "bf16" else DIFFERENT
     finally:
-        was_training, encoder.precision, model._compiled_call_impl = before
+        was_training, encoder.precision = before
         model.train(was_training)
 
 

@@ -14,6 +14,7 @@ from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import BatchPlan
 from gist_dist.core.step import Scored
 from gist_dist.data.corpus import Corpus
+from gist_dist.models.compiled import not_compiled
 from gist_dist.models.encoder import Student
 
 GROWN = 1e4
@@ -96,8 +97,7 @@ def _encode(config: RunConfig, student: Student, corpus: Corpus, plan: BatchPlan
 @contextmanager
 def _watched(model: Any) -> Iterator[list[Origin]]:
     """Every module's outputs are looked at; not compiled, where no module is called by itself."""
-    found, compiled = list[Origin](), model._compiled_call_impl
-    model._compiled_call_impl = None
+    found = list[Origin]()
 
     def look(name: str, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         if found or not (bad := [t for t in _states(output) if not _is_finite(t)]):
@@ -116,9 +116,9 @@ def _watched(model: Any) -> Iterator[list[Origin]]:
         module.register_forward_hook(hook(name), with_kwargs=True) for name, module in model.named_modules() if name
     ]
     try:
-        yield found
+        with not_compiled(model):
+            yield found
     finally:
-        model._compiled_call_impl = compiled
         for handle in handles:
             handle.remove()
 
