@@ -24,10 +24,10 @@ from gist_dist.evaluation.suites import check_evaluation, expanded
 from gist_dist.on_ray.cluster.capacity import check_resources, cpus_per_worker, gpus_per_worker
 from gist_dist.on_ray.cluster.connect import connected
 from gist_dist.on_ray.driver import Stopped, train_and_evaluate
-from gist_dist.on_ray.sweep_plan import Planned, SweepConfig, key_of, plan_choices, plan_drawn, plan_one, plan_trials
+from gist_dist.on_ray.sweep_plan import Planned, SweepConfig, choose, plan_choices, plan_drawn, plan_one, plan_trials
 from gist_dist.recipe import parse_config
 from gist_dist.report.run import read_run
-from gist_dist.report.sweep import Sweep, Trial, label_of, points_of, value_of, write_sweep
+from gist_dist.report.sweep import Sweep, Trial, points_of, value_of, write_sweep
 from gist_dist.runs.evaluations import read_evaluations
 from gist_dist.runs.folder import RunFolder
 
@@ -85,24 +85,6 @@ def check_sweep(recipe: RunConfig, over: SweepConfig) -> None:
             )
         if over.stop_early and config.evaluate.every_steps is None:
             raise UserError("stop_early judges runs while they train; set evaluate.every_steps in the recipe")
-
-
-def choose(over: SweepConfig, tried: list[Planned]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Setting -> the values whose run scored best; UserError where none of a setting has a score."""
-    points = {planned.config.name: points_of(read_run(planned.config.run_dir)) for planned in tried}
-    tasks = sorted({task for found in points.values() for task in found})
-    best: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
-    for planned in tried:
-        value = value_of(points[planned.config.name], tasks, over.metric)
-        setting = planned.arm, key_of(planned.values)
-        if value is not None and value > best.get(setting, (-math.inf, {}))[0]:
-            best[setting] = value, planned.chosen
-    for planned in tried:
-        if (planned.arm, key_of(planned.values)) not in best:
-            raise UserError(
-                f"{label_of(planned.arm, planned.values)}: no run with choose_seed has a score to choose by"
-            )
-    return {setting: own for setting, (_, own) in best.items()}
 
 
 def folder_of(recipe: RunConfig, over: SweepConfig) -> Path:

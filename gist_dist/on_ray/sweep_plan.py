@@ -18,7 +18,8 @@ from gist_dist.common.plain_yaml import load_plain
 from gist_dist.common.text import SHORT, one_line
 from gist_dist.config import RunConfig, Section
 from gist_dist.recipe import parse_config, parse_section, set_value
-from gist_dist.report.sweep import label_of
+from gist_dist.report.run import read_run
+from gist_dist.report.sweep import label_of, points_of, value_of
 
 LONGEST_NAME = 100
 DOMAINS = {"uniform": 2, "loguniform": 2, "randint": 2, "choice": None}
@@ -149,7 +150,7 @@ def plan_trials(
     """Seed by seed, so that whatever ends a sweep leaves pairs."""
     for seed in over.seeds:
         for arm, values in settings_of(over):
-            own = chosen.get((arm, key_of(values)), {})
+            own = chosen.get((arm, _key(values)), {})
             yield plan_one(recipe, over, arm, values, seed, own)
 
 
@@ -158,6 +159,24 @@ def plan_choices(recipe: RunConfig, over: SweepConfig) -> Iterator[Planned]:
     for arm, values in settings_of(over):
         for own in _combinations(over.choose):
             yield plan_one(recipe, over, arm, values, over.choose_seed, own)
+
+
+def choose(over: SweepConfig, tried: list[Planned]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Setting -> the values whose run scored best; UserError where none of a setting has a score."""
+    points = {planned.config.name: points_of(read_run(planned.config.run_dir)) for planned in tried}
+    tasks = sorted({task for found in points.values() for task in found})
+    best: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
+    for planned in tried:
+        value = value_of(points[planned.config.name], tasks, over.metric)
+        setting = planned.arm, _key(planned.values)
+        if value is not None and value > best.get(setting, (-math.inf, {}))[0]:
+            best[setting] = value, planned.chosen
+    for planned in tried:
+        if (planned.arm, _key(planned.values)) not in best:
+            raise UserError(
+                f"{label_of(planned.arm, planned.values)}: no run with choose_seed has a score to choose by"
+            )
+    return {setting: own for setting, (_, own) in best.items()}
 
 
 def settings_of(over: SweepConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -221,5 +240,5 @@ def _name(recipe: str, sweep: str, arm: str, values: dict[str, Any], seed: int) 
     return "-".join([recipe[:30], sweep, digest, f"seed-{seed}"])
 
 
-def key_of(values: Mapping[str, Any]) -> str:
+def _key(values: Mapping[str, Any]) -> str:
     return json.dumps(dict(values), sort_keys=True)
