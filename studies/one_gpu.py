@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
@@ -88,24 +89,23 @@ def main() -> None:
     recipe = load_recipe(arguments.recipe, arguments.overrides).absolute_paths()
     sweeps = [load_sweep(file) for file in arguments.over]
     runner = Runner(arguments.processes, ends) if arguments.minutes else None
-    chosen = {}
-    for over in sweeps:
-        tried = list(plan_choices(recipe, over)) if over.choose else []
-        if runner:
-            runner.run(tried)
-        chosen[over.name] = choose(over, tried) if all(map(has_scores, tried)) else None
-    trials = {
-        over.name: list(plan_trials(recipe, over, chosen[over.name] or {}))
-        for over in sweeps
-        if chosen[over.name] is not None
-    }
+    tried = {over.name: list(plan_choices(recipe, over)) if over.choose else [] for over in sweeps}
+    if runner:
+        runner.run(_longest_first(tried.values()))
+    chosen = {over.name: choose(over, tried[over.name]) for over in sweeps if all(map(has_scores, tried[over.name]))}
+    trials = {over.name: list(plan_trials(recipe, over, chosen[over.name])) for over in sweeps if over.name in chosen}
     if runner:
         # Seed by seed over all sweeps: whatever ends them leaves pairs.
-        runner.run(sorted((one for some in trials.values() for one in some), key=lambda one: one.seed))
+        runner.run(sorted(_longest_first(trials.values()), key=lambda one: one.seed))
         runner.close()
     for over in sweeps:
         if over.name in trials:
             write_page(recipe, over, trials[over.name])
+
+
+def _longest_first(planned: Iterable[list[Planned]]) -> list[Planned]:
+    """Small batches make many steps."""
+    return sorted((one for some in planned for one in some), key=lambda one: one.config.batch.global_size)
 
 
 def write_page(recipe: RunConfig, over: SweepConfig, planned: list[Planned]) -> None:
