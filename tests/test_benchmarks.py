@@ -135,13 +135,16 @@ def test_batch_scaling_measures_a_size_and_names_its_runs(flags, setting):
     assert not batch_scaling.is_finished(configs[0].run_dir)
 
 
+GPU_SECTIONS = ["loss correct", "step correct", "profile", "loss stage", "largest"]
+
+
 @pytest.mark.slow
 def test_gpu_script_runs_at_toy_sizes(flags):
     flags.sizes, flags.kernel_sizes, flags.largest, flags.mini_batch_sizes = [8, 16], [16], 32, [4, 8]
-    flags.minutes, flags.smoke, flags.only = 30.0, True, ["loss correct", "step correct", "loss stage", "largest"]
+    flags.minutes, flags.smoke, flags.only = 30.0, True, [*GPU_SECTIONS]
     run = gpu.Run(flags)
     run.all((("tiny", "tiny"),))
-    assert [r["case"] for r in run.results] == ["loss correct", "step correct", "loss stage", "largest"]
+    assert [r["case"] for r in run.results] == GPU_SECTIONS
     assert not any("skipped" in r for r in run.results)
     assert run.results[0]["gradient_error"] < 1e-5 and run.results[1]["packed step repeated"]
     assert (flags.results / "gpu-smoke.json").exists()
