@@ -200,6 +200,9 @@ class Columns(Section):
             raise ValueError("text is set and label is not: a classification set needs both")
         if self.text is not None and (self.anchor or self.positive or self.negatives):
             raise ValueError("text is for a classification set, which has no roles; leave it out, or the roles")
+        for role, columns in (("positive", self.positive), ("negatives", self.negatives)):
+            if columns and (twice := [name for name in columns if columns.count(name) > 1]):
+                raise ValueError(f"{role} names the column {twice[0]!r} twice")
         return self
 
     @property

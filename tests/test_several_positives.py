@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import prepared, recipe, save_tiny_model, write_jsonl
 
+from gist_dist.common.errors import UserError
 from gist_dist.core.candidates import further_places
 from gist_dist.core.plan import PreparedRows, plan_batch
 from gist_dist.core.step import batch_index
@@ -15,6 +16,7 @@ from gist_dist.data.mining import MineOptions, plan_corpus_search
 from gist_dist.data.sampler import Sampler
 from gist_dist.data.sources import SourceReport
 from gist_dist.data.statistics import data_summary, repeated_texts
+from gist_dist.recipe import parse_config
 
 ROWS = [
     {"anchor": "amber", "positive": ["basin", "cedar", "BASIN ", "amber"], "negatives": ["delta"]},
@@ -112,3 +114,38 @@ def test_the_plan_counts_them(tmp_path, model):
     corpus = corpus_of(tmp_path, model)[1]
     told = SourceReport(**corpus.manifest["reports"][0]).told()
     assert any("rows have several positives" in line for line in told), json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "named"),
+    [
+        ("data.known_positives", True, "data.known_positives = True"),
+        ("data.mixing", "cluster", "data.mixing = 'cluster'"),
+        ("data.clustering", {"hardness": 2}, "data.clustering.hardness = 2"),
+        ("data.clustering", {"rows_per_cluster": 0}, "data.clustering.rows_per_cluster = 0"),
+        ("data.mine", {"negatives": 0}, "data.mine.negatives = 0"),
+        ("data.mine", {"every_steps": 0}, "data.mine.every_steps = 0"),
+        ("data.mine", {"relative_margin": "big"}, "data.mine.relative_margin = 'big'"),
+        ("loss.positives", "max", "loss.positives = 'max'"),
+        ("loss.false_negatives", "keep", "loss.false_negatives = 'keep'"),
+        ("loss.promotion", {"most": 0}, "loss.promotion.most = 0"),
+        ("loss.promotion", {"at_most": 3}, "did you mean 'most'"),
+        ("loss.negatives", "none", "loss.negatives = 'none'"),
+        ("loss.guard_negatives", "maybe", "loss.guard_negatives = 'maybe'"),
+        ("loss.in_batch", "some", "loss.in_batch = 'some'"),
+        ("source.loss", {"temperature": 0}, r"data.sources\[0\].loss.temperature = 0"),
+        ("source.loss", {"nope": 1}, r"unknown key 'data.sources\[0\].loss.nope'"),
+        ("source.columns", {"positive": []}, r"data.sources\[0\].columns.positive"),
+        ("source.columns", {"positive": ["a", 3]}, r"data.sources\[0\].columns.positive\[1\] = 3"),
+        ("source.columns", {"positive": ["a", "b", "a"]}, "positive names the column 'a' twice"),
+        ("source.columns", {"negatives": ["a", "a"]}, "negatives names the column 'a' twice"),
+    ],
+)
+def test_what_no_batch_can_be_made_by_is_named(tmp_path, section, value, named):
+    """Of the fields that say who is a positive, who a candidate and who meets in a batch."""
+    tree = recipe(tmp_path, "student", "guide", tmp_path / "rows.jsonl", batch={"global_size": 2})
+    name, field = section.split(".")
+    place = tree["data"]["sources"][0] if name == "source" else tree.setdefault(name, {})
+    place[field] = value
+    with pytest.raises(UserError, match=named):
+        parse_config(tree)
