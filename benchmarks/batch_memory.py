@@ -90,7 +90,7 @@ def measure(size: int, width: int, with_guide: bool) -> dict:
         trained, frozen = Student(config.student), Guide(config.guide) if with_guide else None
         corpus = prepare(config, trained, frozen, progress=lambda line: None)
         train_state = TrainState(config, corpus, trained, frozen, build_optimizer(trained.model, config.optim), World())
-        plan = plan_batch(corpus, Sampler(corpus, config).rows(1), 1, config.batch.chunk_tokens, with_guide)
+        plan = plan_batch(corpus, Sampler(corpus, config).rows(1), 1, config.batch.tokens_at_once, with_guide)
         cpu = torch.device("cpu")
         before = peak_memory_bytes(cpu)
         result = train_step(train_state, plan)

@@ -105,7 +105,7 @@ def ours(arguments: argparse.Namespace) -> dict[str, Any]:
     if "embed" in arguments.stage:
         texts = corpus.texts_in_use
         inputs = (lambda chosen: corpus.guide_tokens(texts[chosen]), corpus.guide_lengths[texts])
-        fill(cache, corpus.guide_keys[texts], *inputs, guide, config.batch.chunk_tokens, progress=lambda line: None)
+        fill(cache, corpus.guide_keys[texts], *inputs, guide, config.batch.tokens_at_once, progress=lambda line: None)
     else:
         options = MineOptions(negatives=arguments.negatives, relative_margin=arguments.margin)
         search = plan_corpus_search(corpus, options)

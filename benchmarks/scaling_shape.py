@@ -95,7 +95,7 @@ def measure(rows: int, width: int, repeats: int) -> dict:
         student, guide = Student(config.student), Guide(config.guide)
         corpus = prepare(config, student, guide, progress=lambda line: None)
         train_state = TrainState(config, corpus, student, guide, build_optimizer(student.model, config.optim), World())
-        plan = plan_batch(corpus, Sampler(corpus, config).rows(1), 1, config.batch.chunk_tokens, True)
+        plan = plan_batch(corpus, Sampler(corpus, config).rows(1), 1, config.batch.tokens_at_once, True)
         timed = [train_step(train_state, plan).seconds for _ in range(repeats + 1)][1:]
         seconds = {phase: min(step[phase] for step in timed) for phase in timed[0]}
         forward = model_shape(models[0]).forward_flops(plan.padded_tokens, plan.padded_tokens / len(plan.texts))

@@ -350,7 +350,7 @@ def _filled_cache(config: Any, corpus: Corpus, guide: Guide) -> tuple[Any, np.nd
 
     cache = open_guide_cache(config, guide)
     texts = np.arange(len(corpus.identity))
-    fill(cache, corpus.guide_keys, corpus.guide_tokens, corpus.guide_lengths, guide, config.batch.chunk_tokens)
+    fill(cache, corpus.guide_keys, corpus.guide_tokens, corpus.guide_lengths, guide, config.batch.tokens_at_once)
     return cache, cache.find(corpus.guide_keys[texts])
 
 

@@ -419,23 +419,43 @@ class DataConfig(Section):
         return self
 
 
+CPU_CHUNK_TOKENS, CPU_ACTIVATION_GB = 4096, 1.0
+"""Of a worker on a CPU, where the recipe leaves them open."""
+
+
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
 class BatchConfig(Section):
     global_size: int = Field(default=256, ge=2)
     """Rows of the global batch, over all workers; never per device."""
-    chunk_tokens: int = Field(default=4096, ge=1)
-    """Padded tokens encoded at once: lower it if a worker runs out of memory."""
+    chunk_tokens: Annotated[int | None, BeforeValidator(_auto, int | str | None)] = Field(default=None, ge=1)
+    """Padded tokens encoded at once: lower it if a worker runs out of memory. auto, or null: 4,096 on a CPU; on a GPU
+    more, by its memory and the student's size."""
     chunk_start_tokens: int | None = Field(default=None, ge=0)
     """What starting one more chunk costs, in tokens' worth of encoding: more makes fewer chunks with more padding.
     null: 32 on a CPU, 4,096 on a GPU."""
     packing: bool | None = None
     """Join a chunk's texts without padding, where the model is BERT-like (in bf16, on a GPU); other models are padded
     all the same. null: on a GPU."""
-    activation_gb: float = Field(default=1.0, ge=0)
-    """Gigabytes a worker may fill with the graphs of chunks that it then need not encode twice."""
+    activation_gb: Annotated[float | None, BeforeValidator(_auto, float | str | None)] = Field(default=None, ge=0)
+    """Gigabytes a worker may fill with the graphs of chunks that it then need not encode twice. auto, or null: 1 on a
+    CPU; on a GPU two fifths of what the weights leave of its memory."""
     loss_gb: float = Field(default=0.25, gt=0)
     """Gigabytes for one block of similarity scores (scored rows × candidates)."""
     gather_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of student embeddings sent between workers; the loss sees them rounded, with one worker too."""
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Of a chunk, at most; where the recipe leaves it open, as on a CPU (core/budgets.py knows of GPUs)."""
+        return CPU_CHUNK_TOKENS if self.chunk_tokens is None else self.chunk_tokens
+
+    @property
+    def kept_bytes(self) -> float:
+        """Of graphs, likewise."""
+        return 1e9 * (CPU_ACTIVATION_GB if self.activation_gb is None else self.activation_gb)
 
 
 class LossConfig(Section):

@@ -188,7 +188,7 @@ def _prepare(config: RunConfig) -> Inputs:
         return Inputs(corpus.place)
     cache = open_guide_cache(config, guide)
     lengths = corpus.guide_lengths
-    fill(cache, corpus.guide_keys, corpus.guide_tokens, lengths, guide, config.batch.chunk_tokens)
+    fill(cache, corpus.guide_keys, corpus.guide_tokens, lengths, guide, config.batch.tokens_at_once)
     return Inputs(corpus.place, embedding_fingerprint(guide), guide.width)
 
 

@@ -75,7 +75,7 @@ def received_by(world, recipe) -> dict[str, float]:
 def test_network_volumes_are_those_of_a_step(tmp_path, recipe):
     recipe = recipe | {"guide": None}
     config, corpus = tiny.prepared(recipe)
-    plan = plan_batch(corpus, np.arange(corpus.num_rows), 1, config.batch.chunk_tokens, False)
+    plan = plan_batch(corpus, np.arange(corpus.num_rows), 1, config.batch.tokens_at_once, False)
     student = Student(config.student)
     parameters = sum(p.numel() for p in student.parameters())
     told = estimate(

@@ -119,7 +119,7 @@ class TrainState:
             if encoder:
                 encoder.get_ready(packing=config.batch.packing)
         self.gradients = GradientSums(student.model)
-        self.activations = ActivationBudget(config.batch.activation_gb * 1e9, student.model)
+        self.activations = ActivationBudget(config.batch.kept_bytes, student.model)
 
     @property
     def chunk_rule(self) -> ChunkRule:
@@ -128,7 +128,7 @@ class TrainState:
         if start_tokens is None:
             start_tokens = CHUNK_START_TOKENS.get(self.student.device.type, CHUNK_START_TOKENS["cpu"])
         return ChunkRule(
-            batch.chunk_tokens, start_tokens, self.student.packs, self.guide is not None and self.guide.packs
+            batch.tokens_at_once, start_tokens, self.student.packs, self.guide is not None and self.guide.packs
         )
 
 

@@ -6,11 +6,12 @@ and collectives.py. Costs neither torch nor ray.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gist_dist.common.errors import UserError
-from gist_dist.config import RunConfig
+from gist_dist.config import BatchConfig, RunConfig
+from gist_dist.core.budgets import fitted
 from gist_dist.planning.model_shape import ModelShape
 
 # Axes:  g rows   u unique texts   d student width   e guide width   P parameters   W workers, one GPU each
@@ -261,9 +262,8 @@ def check_gpus(num_gpus: int, kind: str) -> None:
 def plan_lines(plan: Any, num_gpus: int, kind: str) -> list[str]:
     """What `gist-dist plan --gpus` prints of a preview.Preview."""
     cached = plan.config.guide_mode == "cache"
-    return estimate_lines(
-        workload(plan), plan.num_steps, plan.guide_inputs.missing_tokens if cached else 0, num_gpus, kind
-    )
+    work = on_gpu(workload(plan), plan.config.batch, GPUS[kind])
+    return estimate_lines(work, plan.num_steps, plan.guide_inputs.missing_tokens if cached else 0, num_gpus, kind)
 
 
 def estimate_lines(work: Workload, num_steps: int, cached_tokens: Number, num_gpus: int, kind: str) -> list[str]:
@@ -309,6 +309,22 @@ def _notes(work: Workload, told: Estimate, num_gpus: int) -> Iterator[str]:
             yield f"in {phase} the GPUs are busy for {told.busy[phase]:.0%} of the time of the busiest; {remedy}"
 
 
+def on_gpu(work: Workload, batch: BatchConfig, gpu: Gpu) -> Workload:
+    """With the budgets of such a GPU, where the recipe leaves them open."""
+    if gpu is GPUS["cpu"]:
+        return work
+    student, guide_bytes = work.student, 4.0 * work.guide.num_parameters if work.guide and work.guide_tokens else 0.0
+    batch = fitted(
+        batch, float(gpu.memory_bytes), student.num_parameters, guide_bytes, student.hidden, student.num_layers,
+        work.student_bf16,
+    )  # fmt: skip
+    most = float(batch.tokens_at_once)
+    # Chunks of the plan are not full; those of a larger budget are taken to be.
+    chunk = work.chunk_tokens if most <= work.largest_chunk else min(most, work.student_tokens)
+    largest = max(chunk, work.largest_chunk)
+    return replace(work, chunk_tokens=chunk, largest_chunk=largest, activation_budget=batch.kept_bytes)
+
+
 def workload(plan: Any) -> Workload:
     """The work that a preview.Preview found: means over the batches that it planned."""
     config, plans = plan.config, plan.plans
@@ -335,7 +351,7 @@ def workload(plan: Any) -> Workload:
         contrast_positives=config.loss.contrast_positives,
         gather_bytes=4 if config.batch.gather_precision == "fp32" else 2,
         activation_bytes_per_token=plan.activation_bytes_per_token,
-        activation_budget=config.batch.activation_gb * 1e9,
+        activation_budget=config.batch.kept_bytes,
         loss_budget=config.batch.loss_gb * 1e9,
     )
 
@@ -350,8 +366,8 @@ def assumed_workload(config: RunConfig, student: ModelShape, guide: ModelShape |
         negatives=batch.global_size,
         student_tokens=tokens,
         guide_tokens=tokens if guide else 0.0,
-        chunk_tokens=batch.chunk_tokens,
-        largest_chunk=batch.chunk_tokens,
+        chunk_tokens=batch.tokens_at_once,
+        largest_chunk=batch.tokens_at_once,
         student=student,
         guide=guide,
         student_bf16=config.student.precision == "bf16",
@@ -360,7 +376,7 @@ def assumed_workload(config: RunConfig, student: ModelShape, guide: ModelShape |
         contrast_positives=loss.contrast_positives,
         gather_bytes=4,
         activation_bytes_per_token=ASSUMED_ACTIVATIONS * 4 * student.num_layers * student.hidden,
-        activation_budget=batch.activation_gb * 1e9,
+        activation_budget=batch.kept_bytes,
         loss_budget=batch.loss_gb * 1e9,
     )
 

@@ -111,7 +111,7 @@ def _inspect_source(
 ) -> dict[str, Any]:
     rows = _sample(config, corpus, number, max_rows)
     texts = np.unique(corpus.texts_of(rows))
-    chunk = config.batch.chunk_tokens
+    chunk = config.batch.tokens_at_once
     embedded = torch.from_numpy(encode_inputs(student, corpus.student_tokens(texts), chunk)).float()
     guided = embedded if guide is None else torch.from_numpy(encode_inputs(guide, corpus.guide_tokens(texts), chunk))
     truth, cluster = _known_clusters(config, corpus, number)
@@ -185,7 +185,7 @@ class _Sample:
         """Batches of so many rows, until SCORED_ROWS rows have been scored."""
         num_batches = max(1, min(len(self.rows) // size, -(-SCORED_ROWS // size)))
         for start in range(0, num_batches * size, size):
-            plan = plan_batch(self.corpus, self.rows[start : start + size], 0, self.config.batch.chunk_tokens, False)
+            plan = plan_batch(self.corpus, self.rows[start : start + size], 0, self.config.batch.tokens_at_once, False)
             batch = batch_index(plan, torch.device("cpu"))
             at = torch.from_numpy(np.searchsorted(self.texts, plan.texts))
             table = CandidateTable(batch, self.guide[at], self.config.loss)

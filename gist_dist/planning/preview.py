@@ -267,7 +267,7 @@ class Preview:
                 ("tokens", f"{_span(plan.num_tokens for plan in plans)} a batch, and {padding:.1%} padding"),
                 (
                     "chunks",
-                    f"{_span(chunks)} a batch, of at most {self.config.batch.chunk_tokens:,} padded tokens; "
+                    f"{_span(chunks)} a batch, of at most {self.config.batch.tokens_at_once:,} padded tokens; "
                     f"{_span(n / workers for n in chunks)} a worker",
                 ),
                 (
@@ -392,7 +392,7 @@ def preview(config: RunConfig, student: Student, guide: Guide | None, corpus: Co
 def _plans(
     config: RunConfig, corpus: Corpus, epoch: Epoch, steps: Sequence[int], guide: Guide | None
 ) -> list[BatchPlan]:
-    chunk_tokens = config.batch.chunk_tokens
+    chunk_tokens = config.batch.tokens_at_once
     steps = [step for step in steps if step <= len(epoch.batches)]
     return [plan_batch(corpus, epoch.batches[step - 1], step, chunk_tokens, guide is not None) for step in steps]
 

@@ -81,7 +81,7 @@ class Guidance:
             lambda chosen: corpus.guide_tokens(texts[chosen]),
             corpus.guide_lengths[texts],
             guide,
-            config.batch.chunk_tokens,
+            config.batch.tokens_at_once,
             share,
         )
         barrier(world)

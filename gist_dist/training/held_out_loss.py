@@ -34,7 +34,7 @@ def held_out_loss(
     rows = rows[np.random.default_rng(config.seed).permutation(len(rows))]
     total = 0.0
     for batch in np.array_split(rows, math.ceil(len(rows) / config.batch.global_size)):
-        plan = plan_batch(corpus, batch, 0, config.batch.chunk_tokens, with_guide=False)
+        plan = plan_batch(corpus, batch, 0, config.batch.tokens_at_once, with_guide=False)
         embedded = _embedded(frozen, corpus.student_tokens(plan.texts), config)
         index = batch_index(plan, embedded.device)
         blocks = row_blocks(index, config.loss, config.batch.loss_gb * 1e9)
@@ -55,7 +55,7 @@ def _frozen(config: RunConfig, saved: Path, device: torch.device | str) -> Guide
 
 
 def _embedded(encoder: Guide, tokens: list[np.ndarray], config: RunConfig) -> Tensor:
-    vectors = encode_inputs(encoder, tokens, config.batch.chunk_tokens)
+    vectors = encode_inputs(encoder, tokens, config.batch.tokens_at_once)
     return torch.from_numpy(vectors).float().to(encoder.device)
 
 

@@ -97,7 +97,7 @@ class MiningSchedule:
         student, world, corpus = self.train_state.student, self.train_state.world, self.train_state.corpus
         order = texts[np.argsort(corpus.student_lengths[texts], kind="stable")]
         groups = [order[start : start + TEXTS_AT_ONCE] for start in range(0, len(order), TEXTS_AT_ONCE)]
-        chunk_tokens = self.train_state.config.batch.chunk_tokens
+        chunk_tokens = self.train_state.config.batch.tokens_at_once
         chunks = [g[c.texts] for g in groups for c in cut_chunks(corpus.student_lengths[g], chunk_tokens)]
         local = [torch.empty(0, student.width, dtype=torch.float16, device=student.device)]
         student.model.eval()

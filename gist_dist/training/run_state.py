@@ -200,7 +200,7 @@ def _told(train_state: RunTrainState) -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "device": train_state.student.device.type,
-        "batch.chunk_tokens": batch.chunk_tokens,
+        "batch.chunk_tokens": batch.tokens_at_once,
         **({"batch.packing": True} if train_state.student.packs else {}),
         "batch.loss_gb": batch.loss_gb,
     }

@@ -112,7 +112,7 @@ def _precompute(config: RunConfig, inputs: _CorpusInputs | _GivenInputs, guide: 
         return Filled.of(cache, len(keys), work, done)
     num_weights = sum(parameter.numel() for parameter in guide.model.parameters())
     if 2 * num_weights * sum(done.tokens_of) <= IN_PROCESS_FLOPS and not address_of(config.cluster):
-        return fill(cache, keys, inputs.tokens, lengths, guide, config.batch.chunk_tokens, progress=say)
+        return fill(cache, keys, inputs.tokens, lengths, guide, config.batch.tokens_at_once, progress=say)
     cache.describe(guide)
     with connected(config.cluster) as resources:
         needs = _needs(config, resources)
@@ -227,4 +227,4 @@ class _Actor:
             tokens = self.corpus.guide_tokens(texts_or_lengths)
         else:
             tokens = np.split(place_or_ids, np.cumsum(texts_or_lengths)[:-1])
-        write_shard(self.store, keys, encode_inputs(self.guide, tokens, self.config.batch.chunk_tokens))
+        write_shard(self.store, keys, encode_inputs(self.guide, tokens, self.config.batch.tokens_at_once))

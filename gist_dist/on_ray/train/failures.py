@@ -65,8 +65,8 @@ def memory_sentence(batch: BatchConfig, phase: str | None = None, what: str = "a
 def memory_remedy(batch: BatchConfig, phase: str | None = None) -> str:
     """Which budgets to lower, and what they are now."""
     tokens, activations, loss = (
-        f"batch.chunk_tokens (now {batch.chunk_tokens})",
-        f"batch.activation_gb (now {batch.activation_gb:g})",
+        f"batch.chunk_tokens (now {batch.tokens_at_once})",
+        f"batch.activation_gb (now {batch.kept_bytes / 1e9:g})",
         f"batch.loss_gb (now {batch.loss_gb:g})",
     )
     if phase == "loss":

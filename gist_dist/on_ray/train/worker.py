@@ -75,8 +75,9 @@ def train_worker(payload: dict[str, WorkerTask]) -> str:
     from gist_dist.data.corpus import open_corpus
     from gist_dist.data.kept_arrays import digest_of, read_array
     from gist_dist.data.mining import MINED
-    from gist_dist.models.encoder import Student
+    from gist_dist.models.encoder import Guide, Student
     from gist_dist.recipe import parse_config
+    from gist_dist.training.budgets import with_budgets
     from gist_dist.training.trainer import train
 
     task = payload["task"]  # Ray hands over a dict
@@ -89,6 +90,7 @@ def train_worker(payload: dict[str, WorkerTask]) -> str:
     try:
         student = Student(config.student, device)
         guide = open_guide(config, inputs, device)
+        config = with_budgets(config, student, guide if isinstance(guide, Guide) else None, world)
         corpus = open_corpus(config, inputs.corpus)
         if inputs.clusters:
             corpus.clusters = read_clusters(config, inputs.clusters)
