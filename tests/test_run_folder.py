@@ -3,6 +3,7 @@
 import pytest
 import tiny_runs
 import yaml
+from tiny import recipe
 
 from gist_dist.common.errors import UserError
 from gist_dist.models import precision
@@ -76,3 +77,9 @@ def test_other_prompts_are_other_data_to_a_checkpoint(tmp_path):
     prompted = tree | {"student": tree["student"] | {"prompts": {"anchor": "the "}}}
     told = tiny_runs.complaint(tiny_runs.World(), prompted)
     assert told.startswith("UserError: ") and "step-00000002: data was" in told
+
+
+def test_asking_whether_a_run_may_begin_leaves_no_folder(tmp_path):
+    config = parse_config(recipe(tmp_path, "student", None, tmp_path / "rows.jsonl"))
+    RunFolder(config).refuse_other_recipe()
+    assert not config.run_dir.exists() and config.run_dir.parent.is_dir()

@@ -81,12 +81,16 @@ class RunFolder:
         write_text(self.folder / "data.json", json.dumps(summary, indent=1))
 
     def _check_writable(self) -> None:
+        """Leaves no folder behind: a sweep asks for all its runs beforehand."""
+        is_new = not self.folder.exists()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f".writable-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
             free = shutil.disk_usage(self.folder).free
+            if is_new:
+                self.folder.rmdir()
         except OSError as error:
             raise UserError(f"output_dir: {self.folder} can't be written: {error.strerror or error}") from error
         if free < MIN_FREE_BYTES:

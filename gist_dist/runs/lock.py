@@ -45,6 +45,7 @@ def locked(run_dir: Path) -> Iterator[RunLock]:
     is touched every BEAT_SECONDS, and taken over when that stopped for STALE_SECONDS. Ages are differences of the
     file system's own times, so clocks need not agree.
     """
+    run_dir.mkdir(parents=True, exist_ok=True)
     path, ours = run_dir / LOCK_NAME, _describe_this_process()
     lock = RunLock(ours["token"])
     while not _create(path, ours):
