@@ -441,7 +441,7 @@ class BatchConfig(Section):
     all the same. null: on a GPU."""
     activation_gb: Annotated[float | None, BeforeValidator(_auto, float | str | None)] = Field(default=None, ge=0)
     """Gigabytes a worker may fill with the graphs of chunks that it then need not encode twice. auto, or null: 1 on a
-    CPU; on a GPU two fifths of what the weights leave of its memory."""
+    CPU; on a GPU three tenths of what the weights leave of its memory."""
     loss_gb: float = Field(default=0.25, gt=0)
     """Gigabytes for one block of similarity scores (scored rows × candidates)."""
     gather_precision: Literal["fp32", "bf16", "fp16"] = "fp32"

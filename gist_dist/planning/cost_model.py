@@ -29,8 +29,29 @@ SCATTER_COPIES = 3
 """fp64 gradients of all texts when they are sent: as computed, in the workers' order, padded to equal shares."""
 NCCL_EFFICIENCY, HOP_SECONDS = 0.8, 5e-6
 """Share of a link's bytes/s that NCCL reaches; latency of each hop around a ring of W."""
-LAUNCH_SECONDS_PER_LAYER = 31 * 10e-6
-"""A layer's forward takes no less, however few its tokens: 31 kernels (counted) of 10 µs (an H200's host)."""
+KERNEL_SECONDS = 40e-6
+"""The host needs as long for a kernel, autograd and Python included: 10,620 kernels in 0.43 s on an H200's machine."""
+LOSS_KERNELS, LOSS_BYTES_PER_SCORE = 200, 80
+"""Of a block of rows; memory traffic of what is done to a score beside the matrix products."""
+BANDWIDTH_REACHED = 0.8
+"""Share of the memory's peak that elementwise kernels reach."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a chunk costs a GPU beside its matrix products: counted on BERT, the bytes fitted to an H200's profile."""
+
+    forwards: int
+    """Matrix products, in forward passes."""
+    layer_bytes: int
+    """Memory traffic of a token in bf16, for each layer and unit of width."""
+    kernels: int
+    layer_kernels: int
+
+
+FORWARD, BACKWARD = _Pass(1, 190, 35, 31), _Pass(2, 390, 34, 98)
+GUIDE_FORWARD = _Pass(1, 190, 41, 21)
+"""Of a guide whose weights are bf16: nothing is cast."""
 PLAN_SECONDS_PER_TEXT, CACHE_BYTES_PER_SECOND = 0.5e-6, 1.0e9
 """One core of every worker cuts and assigns the whole batch, and reads the cached guide embeddings of all of it, while
 the GPU works on the batch before."""
@@ -62,9 +83,9 @@ class Gpu:
     """From GPU to GPU within a node, one way."""
     network: Number
     """Through all network cards of a node, one way."""
-    bf16_mfu: Number = 0.35
-    """Share of the peak that encoders are assumed to reach; narrow ones (MiniLM's 384) reach less."""
-    fp32_mfu: Number = 0.55
+    bf16_mfu: Number = 0.49
+    """Share of the peak that matrix products reach: so measured on an H200. What else encoders do comes on top."""
+    fp32_mfu: Number = 0.7
 
 
 GPUS = {
@@ -147,12 +168,12 @@ def estimate(work: Workload, num_gpus: int, gpu: Gpu) -> Estimate:
 
     own_chunks, own_tokens = busiest_encoding(work, num_gpus)
     length = work.student_tokens / u
-    forward = _encode_seconds(student, own_tokens, own_chunks, length, work.student_bf16, gpu)
+    forward, backward = (
+        _encode_seconds(student, own_tokens, own_chunks, length, work.student_bf16, gpu, one)
+        for one in (FORWARD, BACKWARD)
+    )
     kept = kept_share(work, num_gpus)
-
     own_rows = busiest_rows(work, num_gpus, on_gpu)
-    products = 6 * d + 2 * e
-    loss = own_rows * work.candidates * products / (gpu.fp32_flops * gpu.fp32_mfu)
 
     others = (num_gpus - 1) / num_gpus
     network = {
@@ -167,9 +188,9 @@ def estimate(work: Workload, num_gpus: int, gpu: Gpu) -> Estimate:
         "encode": forward,
         "guide": _guide_seconds(work, num_gpus, gpu) + sending["guide"],
         "gather": sending["gather"],
-        "loss": loss,
+        "loss": _loss_seconds(work, own_rows, gpu),
         "scatter": sending["scatter"],
-        "backward": (3 - kept) * forward + adding,
+        "backward": (1 - kept) * forward + backward + adding,
         "reduce": sending["reduce"],
         "optimizer": student.num_parameters * OPTIMIZER_BYTES_PER_PARAMETER / gpu.memory_bandwidth,
     }
@@ -198,10 +219,26 @@ def kept_share(work: Workload, num_workers: int) -> Number:
     return min(1.0, work.activation_budget / max(1.0, tokens * work.activation_bytes_per_token))
 
 
-def _encode_seconds(model: ModelShape, tokens: Number, chunks: int, length: Number, bf16: bool, gpu: Gpu) -> Number:
+def _encode_seconds(
+    model: ModelShape, tokens: Number, chunks: int, length: Number, bf16: bool, gpu: Gpu, one: _Pass
+) -> Number:
+    """A GPU computes while its host starts kernels: the slower of the two sets the pace."""
     speed = gpu.bf16_flops * gpu.bf16_mfu if bf16 else gpu.fp32_flops * gpu.fp32_mfu
-    launching = 0.0 if gpu is GPUS["cpu"] else chunks * model.num_layers * LAUNCH_SECONDS_PER_LAYER
-    return max(model.forward_flops(tokens, length) / speed, launching)
+    products = one.forwards * model.forward_flops(tokens, length) / speed
+    if gpu is GPUS["cpu"]:
+        return products
+    num_bytes = tokens * model.hidden * model.num_layers * one.layer_bytes * (1 if bf16 else 2)
+    starting = chunks * (one.kernels + one.layer_kernels * model.num_layers) * KERNEL_SECONDS
+    return max(products + num_bytes / (BANDWIDTH_REACHED * gpu.memory_bandwidth), starting)
+
+
+def _loss_seconds(work: Workload, own_rows: Number, gpu: Gpu) -> Number:
+    scores = own_rows * work.candidates
+    products = scores * (6 * work.student.width + 2 * work.guide_width) / (gpu.fp32_flops * gpu.fp32_mfu)
+    if gpu is GPUS["cpu"]:
+        return products
+    starting = own_rows / block_rows(work, on_gpu=True) * LOSS_KERNELS * KERNEL_SECONDS
+    return max(products + scores * LOSS_BYTES_PER_SCORE / (BANDWIDTH_REACHED * gpu.memory_bandwidth), starting)
 
 
 def _guide_seconds(work: Workload, num_gpus: int, gpu: Gpu) -> Number:
@@ -212,7 +249,9 @@ def _guide_seconds(work: Workload, num_gpus: int, gpu: Gpu) -> Number:
         return 0.0 if gpu is GPUS["cpu"] else work.texts * work.guide_width * 2 / HOST_COPY_BYTES_PER_SECOND
     chunks = math.ceil(max(1, math.ceil(work.guide_tokens / work.chunk_tokens)) / num_gpus)
     tokens = min(work.guide_tokens, chunks * work.chunk_tokens)
-    return _encode_seconds(work.guide, tokens, chunks, work.guide_tokens / work.texts, work.guide_bf16, gpu)
+    return _encode_seconds(
+        work.guide, tokens, chunks, work.guide_tokens / work.texts, work.guide_bf16, gpu, GUIDE_FORWARD
+    )
 
 
 def _send_seconds(volume: Number, num_gpus: int, gpu: Gpu) -> Number:
@@ -225,13 +264,17 @@ def _send_seconds(volume: Number, num_gpus: int, gpu: Gpu) -> Number:
 
 def busiest_rows(work: Workload, num_gpus: int, on_gpu: bool = False) -> Number:
     """Rows that the worker with most blocks scores; candidates.row_blocks cuts whole blocks whatever the workers."""
-    most_candidates = max(work.rows, work.negatives)
-    bytes_per_row = 4 * work.candidates + 14 * min(most_candidates, SLICE[on_gpu])
-    size = min(max(1, work.loss_budget // bytes_per_row), max(LEAST_ROWS[on_gpu], math.ceil(work.rows / 128)))
+    size = block_rows(work, on_gpu)
     blocks = math.ceil(work.rows / size)
     each, over = divmod(blocks, num_gpus)
     last = work.rows - (blocks - 1) * size  # which may be smaller, and where one block is over, it is that
     return min(work.rows, each * size + (last if over == 1 else size * (over > 1)))
+
+
+def block_rows(work: Workload, on_gpu: bool) -> Number:
+    most_candidates = max(work.rows, work.negatives)
+    bytes_per_row = 4 * work.candidates + 14 * min(most_candidates, SLICE[on_gpu])
+    return min(max(1, work.loss_budget // bytes_per_row), max(LEAST_ROWS[on_gpu], math.ceil(work.rows / 128)))
 
 
 def worker_memory(work: Workload, kept_tokens: Number, num_workers: int, on_gpu: bool) -> dict[str, Number]:
@@ -262,7 +305,7 @@ def check_gpus(num_gpus: int, kind: str) -> None:
 def plan_lines(plan: Any, num_gpus: int, kind: str) -> list[str]:
     """What `gist-dist plan --gpus` prints of a preview.Preview."""
     cached = plan.config.guide_mode == "cache"
-    work = on_gpu(workload(plan), plan.config.batch, GPUS[kind])
+    work = on_gpus(workload(plan), plan.config.batch, num_gpus, GPUS[kind])
     return estimate_lines(work, plan.num_steps, plan.guide_inputs.missing_tokens if cached else 0, num_gpus, kind)
 
 
@@ -280,7 +323,10 @@ def estimate_lines(work: Workload, num_steps: int, cached_tokens: Number, num_gp
     filling = 0.0
     if work.guide and cached_tokens:
         chunks = math.ceil(cached_tokens / work.chunk_tokens / num_gpus)
-        filling = _encode_seconds(work.guide, cached_tokens / num_gpus, chunks, 0.0, work.guide_bf16, gpu) / 3600
+        filling = _encode_seconds(
+            work.guide, cached_tokens / num_gpus, chunks, 0.0, work.guide_bf16, gpu, GUIDE_FORWARD
+        )
+        filling /= 3600
     lines += [
         f"  step        {total:,.3f} s, {work.rows / total:,.0f} rows/s; the bottleneck is {told.bottleneck}",
         f"  the run     {num_steps:,} steps, {hours:,.2f} h"
@@ -309,14 +355,14 @@ def _notes(work: Workload, told: Estimate, num_gpus: int) -> Iterator[str]:
             yield f"in {phase} the GPUs are busy for {told.busy[phase]:.0%} of the time of the busiest; {remedy}"
 
 
-def on_gpu(work: Workload, batch: BatchConfig, gpu: Gpu) -> Workload:
-    """With the budgets of such a GPU, where the recipe leaves them open."""
+def on_gpus(work: Workload, batch: BatchConfig, num_gpus: int, gpu: Gpu) -> Workload:
+    """With the budgets of so many of these GPUs, where the recipe leaves them open."""
     if gpu is GPUS["cpu"]:
         return work
     student, guide_bytes = work.student, 4.0 * work.guide.num_parameters if work.guide and work.guide_tokens else 0.0
     batch = fitted(
         batch, float(gpu.memory_bytes), student.num_parameters, guide_bytes, student.hidden, student.num_layers,
-        work.student_bf16,
+        work.student_bf16, work.student_tokens / num_gpus,
     )  # fmt: skip
     most = float(batch.tokens_at_once)
     # Chunks of the plan are not full; those of a larger budget are taken to be.

@@ -3,19 +3,22 @@
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 
 from gist_dist.config import RunConfig
 from gist_dist.core.budgets import fitted
 from gist_dist.core.collectives import World, all_reduce_max
+from gist_dist.data.corpus import Corpus
 from gist_dist.models.encoder import Guide, Student
 from gist_dist.models.load import transformer_of
 
 logger = logging.getLogger(__name__)
 
 
-def with_budgets(config: RunConfig, student: Student, guide: Guide | None, world: World) -> RunConfig:
-    """Equal on all workers, by the one with the least memory: all have to cut chunks alike. Unchanged on a CPU.
+def with_budgets(config: RunConfig, student: Student, guide: Guide | None, corpus: Corpus, world: World) -> RunConfig:
+    """Equal on all workers, by the one with the least memory: all have to cut chunks alike. By the recipe's number of
+    workers and not by how many there are, so that a run goes on alike with fewer. Unchanged on a CPU.
 
     guide: the model, where it encodes within the step.
     """
@@ -33,7 +36,15 @@ def with_budgets(config: RunConfig, student: Student, guide: Guide | None, world
         shape.hidden_size,
         shape.num_hidden_layers,
         student.precision == "bf16",
+        _batch_tokens(config, corpus) / config.cluster.max_workers,
     )
     told = f"{batch.tokens_at_once:,}", batch.kept_bytes / 1e9
     logger.info("by this GPU's memory: batch.chunk_tokens = %s, batch.activation_gb = %g", *told)
     return config.model_copy(update={"batch": batch})
+
+
+def _batch_tokens(config: RunConfig, corpus: Corpus) -> float:
+    """Of an average batch, with every text counted where it stands."""
+    lengths, rows = corpus.student_lengths, np.arange(corpus.num_rows)
+    texts = (corpus.anchors, corpus.positives, corpus.further_of(rows), corpus.negatives_of(rows))
+    return config.batch.global_size * sum(float(lengths[numbers].sum()) for numbers in texts) / corpus.num_rows

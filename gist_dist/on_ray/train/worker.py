@@ -90,13 +90,13 @@ def train_worker(payload: dict[str, WorkerTask]) -> str:
     try:
         student = Student(config.student, device)
         guide = open_guide(config, inputs, device)
-        config = with_budgets(config, student, guide if isinstance(guide, Guide) else None, world)
         corpus = open_corpus(config, inputs.corpus)
         if inputs.clusters:
             corpus.clusters = read_clusters(config, inputs.clusters)
         if inputs.mined:
             corpus.adopt(read_array(config, MINED, inputs.mined))
             corpus.mined_digest = digest_of(inputs.mined)
+        config = with_budgets(config, student, guide if isinstance(guide, Guide) else None, corpus, world)
         is_scored = requests.is_scored if task.waits_for_scores else None
         outcome = train(config, corpus, student, guide, world, requests, observe, is_scored)
     except Exception as error:
