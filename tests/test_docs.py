@@ -45,6 +45,7 @@ ELSEWHERE = {
     "make lint": "a step of its own in CI",
     "python examples/quickstart.py": "test_quickstart.py",
     "python examples/sentence_transformers_trainer.py": "test_drop_in.py runs what it shows",
+    "python studies/one_gpu.py": "test_studies.py runs it on a small sweep",
     "gist-dist train quickstart": "the recipe is loaded below; runs for minutes",
     "gist-dist inspect inspect-pack": "the recipe is loaded below; the pack is not everywhere",
     "gist-dist train clustered-intents": "the recipe is loaded below; the pack is not everywhere",
