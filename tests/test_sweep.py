@@ -15,8 +15,9 @@ from gist_dist.config import RunConfig
 from gist_dist.on_ray.sweep import check_sweep
 from gist_dist.on_ray.sweep_plan import SweepConfig, load_sweep, plan_choices, plan_trials, settings_of
 from gist_dist.recipe import parse_config, parse_section
+from gist_dist.report import sweep as report_sweep
 from gist_dist.report.run import Run, TaskRow
-from gist_dist.report.sweep import Trial, sweep_of, value_of
+from gist_dist.report.sweep import Trial, sweep_of, value_of, write_sweep
 
 ARMS = {"none": {"guide": None}, "guide": {}}
 
@@ -193,6 +194,18 @@ def test_a_mean_over_fewer_tasks_is_none():
     assert value_of({"A": 1.0}, ["A", "B"], "A") == 1.0
     runs = runs_of({"guide": [{"A": 60.0}], "none": [{"A": 58.0, "B": 1.0}]})
     assert sweep_of("study", runs, [("guide", "none")], "mean")["contrasts"] == []
+
+
+def test_a_page_of_a_sweep_that_was_stopped_has_settings_without_scores(tmp_path, monkeypatch):
+    runs = runs_of({"none": [{"A": 58.0}], "guide": [{"A": 60.0}], "labels": [{}]})
+    for trial in runs:
+        (tmp_path / trial.folder).mkdir()
+        (tmp_path / trial.folder / "config.yaml").touch()
+    monkeypatch.setattr(report_sweep, "read_run", lambda folder: next(r for t, r in runs.items() if t.folder == folder))
+    monkeypatch.chdir(tmp_path)
+    written = write_sweep("study", list(runs), [("guide", "none")], "mean", tmp_path / "report.html")
+    assert [setting["mean"] for setting in written.contents["settings"]] == [58.0, 60.0, None]
+    assert "labels" in written.page.read_text() and "+2.00 points over 1 seed" in "".join(written.lines())
 
 
 def test_all_contrasts_are_one_family():
