@@ -16,6 +16,7 @@ from gist_dist.data.mining import MineOptions, plan_corpus_search
 from gist_dist.data.sampler import Sampler
 from gist_dist.data.sources import SourceReport
 from gist_dist.data.statistics import data_summary, repeated_texts
+from gist_dist.planning import inspect
 from gist_dist.recipe import parse_config
 
 ROWS = [
@@ -149,3 +150,20 @@ def test_what_no_batch_can_be_made_by_is_named(tmp_path, section, value, named):
     place[field] = value
     with pytest.raises(UserError, match=named):
         parse_config(tree)
+
+
+def test_a_sample_to_inspect_counts_all_texts_of_a_row(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(inspect, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(inspect, "TOKENS_OF_SOURCE", 60)
+    kinds = {
+        "one": {},
+        "many": {"positive": ["basin", "cedar delta", "cedar ember", "cedar fjord"]},
+        "negatives": {"negatives": ["grove", "harbor", "island"]},
+    }
+    sizes = {}
+    for name, more in kinds.items():
+        (folder := tmp_path / name).mkdir()
+        rows = [{"anchor": f"amber {i % 7} basin", "positive": ["kelp"]} | more for i in range(40)]
+        config, corpus = corpus_of(folder, model, rows)
+        sizes[name] = len(inspect._sample(config, corpus, 0, None))
+    assert 0 < sizes["many"] < sizes["one"] > sizes["negatives"] > 0, sizes

@@ -143,9 +143,14 @@ def _sample(config: RunConfig, corpus: Corpus, number: int, max_rows: int | None
     rows = rng.permutation(rows)
     if max_rows is not None:
         return rows[:max_rows]
+    rows = rows[:DEFAULT_ROWS]
     lengths = corpus.student_lengths.astype(np.int64)
-    tokens = np.cumsum(lengths[corpus.anchors[rows]] + lengths[corpus.positives[rows]])
-    return rows[: min(DEFAULT_ROWS, max(FEWEST_ROWS, int(np.searchsorted(tokens, TOKENS_OF_SOURCE))))]
+    tokens = lengths[corpus.anchors[rows]] + lengths[corpus.positives[rows]]
+    further, negatives = (corpus.further_of, corpus.num_further), (corpus.negatives_of, corpus.num_negatives)
+    for texts_of, counts in (further, negatives):
+        row = np.repeat(np.arange(len(rows)), counts[rows])
+        tokens = tokens + np.bincount(row, lengths[texts_of(rows)], len(rows)).astype(np.int64)
+    return rows[: max(FEWEST_ROWS, int(np.searchsorted(np.cumsum(tokens), TOKENS_OF_SOURCE)))]
 
 
 def _known_clusters(config: RunConfig, corpus: Corpus, number: int) -> tuple[str | None, Int[np.ndarray, " n"]]:
