@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,8 @@ def furnished(folder: Path) -> Path:
     pairs = [(words(rng, 2, 6), words(rng, 3, 9)) for _ in range(700)]
     (folder / "pairs.csv").write_text("question,answer\n" + "".join(f"{a},{b}\n" for a, b in pairs))
     (folder / "large.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3_000_000)
+    (folder / "studies").mkdir()
+    shutil.copy(ROOT / "studies" / "recipe.yaml", folder / "studies")
     held_out = folder / "my-eval" / "MyFaq"
     held_out.mkdir(parents=True)
     for name, line in (
