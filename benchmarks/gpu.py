@@ -26,7 +26,8 @@ from harness import Claim, gigabytes, interleave, number, parser, publish, ratio
 from loss_stage import embeddings
 from sides import SHAPES, Ours, Setting, Shape, Theirs, load_rows, pair_batch, random_encoder
 
-from gist_dist.config import LossConfig
+from gist_dist.config import BatchConfig, LossConfig
+from gist_dist.core.budgets import fitted
 from gist_dist.core.candidates import row_blocks
 from gist_dist.core.device import prepare_cuda
 from gist_dist.core.gradcache import ActivationBudget
@@ -36,11 +37,10 @@ from gist_dist.models.compiled import COMPILE
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16, by what the device's name contains."""
 
+VOCABULARY = 30_522
+"""Rows of BERT's token table."""
 COMPILED_ROWS = (4096, 1024, 256)
 """Rows of the steps that are compiled, by model."""
-
-ACTIVATION_BYTES = 55
-"""Of a token, for each layer and unit of width: counted."""
 
 
 def main() -> None:
@@ -265,10 +265,13 @@ class Run:
         ours.train_state.activations = ActivationBudget(activation_gb * 1e9, ours.student.model)
 
     def budgets(self, shape: Shape) -> tuple[int, float]:
-        """Chunk tokens and gigabytes of kept graphs, from this device's memory: a tenth and two fifths of it."""
-        total = torch.cuda.mem_get_info()[1] if self.device == "cuda" else 1e8
-        tokens = 0.1 * total / (ACTIVATION_BYTES * shape.width * shape.layers)
-        return 1 << int(np.log2(tokens)), 0.4 * total / 1e9
+        """Chunk tokens and gigabytes of kept graphs, as a run has them here where its recipe leaves them open.
+        Results up to 94d710f had a tenth and two fifths of the memory."""
+        total = float(torch.cuda.mem_get_info()[1] if self.device == "cuda" else 5e9)
+        parameters = shape.flops_per_token // 2 + VOCABULARY * shape.width
+        guide_bytes = 2.0 * parameters
+        batch = fitted(BatchConfig(), total, parameters, guide_bytes, shape.width, shape.layers, True, float("inf"))
+        return batch.tokens_at_once, batch.kept_bytes / 1e9
 
     def ours_side(self, ours: Ours, n: int, deterministic: bool = True, **how: Any) -> Callable[[], Any]:
         def step() -> Any:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gist_dist.cli import main
 from gist_dist.common.errors import UserError
 from gist_dist.config import LossConfig
+from gist_dist.core.budgets import GRAPH_BYTES
 from gist_dist.core.candidates import BatchIndex, row_blocks
 from gist_dist.core.loss import gist_loss
 from gist_dist.core.plan import assign_chunks, cut_chunks, plan_batch
@@ -193,7 +194,7 @@ def test_a_step_takes_about_what_an_h200_took():
         shape = sides.SHAPES[step["student"]]
         encoding = shape.flops_per_token // 2
         model = ModelShape("", encoding + 30_000 * shape.width, encoding, shape.width, shape.width, shape.layers)
-        tokens, per_token = float(step["tokens"]), 55.0 * shape.width * shape.layers
+        tokens, per_token = float(step["tokens"]), float(GRAPH_BYTES * shape.width * shape.layers)
         batch = work(
             step["rows"], texts=2 * step["rows"], negatives=0, student=model, guide=model, student_tokens=tokens,
             guide_tokens=tokens, chunk_tokens=tokens / step["chunks"], largest_chunk=tokens / step["chunks"],

@@ -11,14 +11,12 @@ from typing import Any
 
 from gist_dist.common.errors import UserError
 from gist_dist.config import BatchConfig, RunConfig
-from gist_dist.core.budgets import fitted
+from gist_dist.core.budgets import TRAINING_BYTES, fitted
 from gist_dist.planning.model_shape import ModelShape
 
 # Axes:  g rows   u unique texts   d student width   e guide width   P parameters   W workers, one GPU each
 
 MAX_GPUS = 1024
-TRAINING_BYTES_PER_PARAMETER = 24
-"""Weights 4, gradients 4, their fp64 sums 8, Adam's two means 8."""
 SUM_BYTES = 8
 """Gradients are summed over workers in fp64, of embeddings and of parameters."""
 ADDING_BYTES_PER_PARAMETER = 20
@@ -284,7 +282,7 @@ def worker_memory(work: Workload, kept_tokens: Number, num_workers: int, on_gpu:
     scoring = d * SUM_BYTES * 2 + 4 * (d + e)  # embeddings once more, in the order of the table
     guide_bytes = (2 if work.guide_bf16 else 4) * work.guide.num_parameters if work.guide and work.guide_tokens else 0.0
     return {
-        "student": work.student.num_parameters * TRAINING_BYTES_PER_PARAMETER,
+        "student": work.student.num_parameters * TRAINING_BYTES,
         "guide": guide_bytes,
         "embeddings": work.texts * 4 * (d + e) + work.texts / num_workers * 4 * 2 * d,
         "their gradients": work.texts * max(scattering, scoring),

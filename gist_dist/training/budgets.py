@@ -45,6 +45,5 @@ def with_budgets(config: RunConfig, student: Student, guide: Guide | None, corpu
 
 def _batch_tokens(config: RunConfig, corpus: Corpus) -> float:
     """Of an average batch, with every text counted where it stands."""
-    lengths, rows = corpus.student_lengths, np.arange(corpus.num_rows)
-    texts = (corpus.anchors, corpus.positives, corpus.further_of(rows), corpus.negatives_of(rows))
-    return config.batch.global_size * sum(float(lengths[numbers].sum()) for numbers in texts) / corpus.num_rows
+    tokens = float(corpus.student_lengths[corpus.texts_of(np.arange(corpus.num_rows))].sum())
+    return config.batch.global_size * tokens / corpus.num_rows
